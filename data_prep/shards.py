@@ -1,0 +1,188 @@
+"""Examples → array_record shards on disk: what the TFDS builders share, and the digest of what they wrote."""
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data_prep import physionet
+
+STAGING = ".incomplete"  # below the data folder; a shard set leaves it whole or not at all
+
+
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A TFDS builder over a verified copy of one database: the order of RECORDS is the order of the examples.
+
+    A database gives the class attributes and the two methods that raise here. What is written can be read without
+    this class (`tfds.builder_from_directory`). `info.metadata` holds `source` ("mitdb 1.0.0"), `checksums` of the
+    source files, `revision` of the builder and `digest` of the examples.
+    """
+
+    DATABASE: physionet.Database
+    FEATURES: dict
+    DESCRIPTION: str
+    CITATION: str
+    REVISION = 1  # raised when the same source is to give other examples: older shards are then built anew
+
+    def __init__(self, copy: physionet.Copy, data_dir: Path):
+        self.copy = copy
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def split_records(self) -> dict[str, list[str]]:
+        """Assigns the copy's records to splits, {split: names}."""
+        raise NotImplementedError
+
+    def read_examples(self, record: str) -> Iterable[dict]:
+        """Reads one record's examples, in order of time."""
+        raise NotImplementedError
+
+    def provenance(self) -> dict:
+        """Tells where the examples come from; the same provenance gives the same examples."""
+        return {"source": str(self.DATABASE), "checksums": self.copy.checksums, "revision": self.REVISION}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.DESCRIPTION,
+            features=tfds.features.FeaturesDict(self.FEATURES),
+            homepage=f"https://physionet.org/content/{self.DATABASE.folder}/",
+            citation=self.CITATION,
+            license="ODC-By 1.0",
+            metadata=tfds.core.MetadataDict(self.provenance()),
+            disable_shuffling=True,  # with integer keys: the order they are yielded in
+        )
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        self._digest = Digest()
+        splits = {split: records for split, records in sorted(self.split_records().items()) if records}
+        return {split: self._generate_examples(split, records) for split, records in splits.items()}
+
+    def _generate_examples(self, split: str, records: list[str]) -> Iterator[tuple[int, dict]]:
+        key = -1
+        self._digest.add_split(split)
+        for record in records:
+            for example in self.read_examples(record):
+                key += 1
+                self._digest.add_example(example)
+                yield key, example
+        if key < 0:  # TFDS cannot write an empty split
+            raise physionet.PrepareError(
+                f"{split} of {self.DATABASE}: no window in {len(records)} records of {self.copy.folder}; "
+                "use records with annotated beats away from their ends"
+            )
+        # TFDS runs the splits one after the other, in our order, and saves the metadata after the last.
+        self.info.metadata["digest"] = self._digest.hexdigest()
+
+
+class Digest:
+    """SHA-256 over the content of examples in order, whatever bytes hold them on disk.
+
+    It takes, for each split in alphabetical order, the line "split NAME"; for each of its examples in order, for each
+    feature in alphabetical order, the line "FEATURE DTYPE SHAPE" (NumPy's, "int16 (256, 2)", or "text (2,)"; a whole
+    number alone is "int64 ()") and then the values: numbers little-endian in C order, texts in UTF-8 with a line feed
+    after each. Lines end in a line feed.
+    """
+
+    def __init__(self):
+        self._hash = hashlib.sha256()
+
+    def add_split(self, split: str) -> None:
+        """Begins the next split."""
+        self._hash.update(f"split {split}\n".encode())
+
+    def add_example(self, example: Mapping) -> None:
+        """Adds one example: {feature: number, array or text}, as TFDS takes or returns it."""
+        for name in sorted(example):
+            value = np.asarray(example[name])
+            if value.ndim == 0 and value.dtype.kind in "iu":  # TFDS returns a Python integer, whatever it was given
+                value = value.astype(np.int64)
+            if value.dtype.kind in "OSU":  # TFDS takes str and returns bytes
+                texts = [text.encode() if isinstance(text, str) else text for text in value.ravel().tolist()]
+                self._hash.update(f"{name} text {value.shape}\n".encode() + b"".join(text + b"\n" for text in texts))
+            else:
+                self._hash.update(f"{name} {value.dtype.name} {value.shape}\n".encode())
+                self._hash.update(value.astype(value.dtype.newbyteorder("<"), order="C", copy=False).tobytes())
+
+    def hexdigest(self) -> str:
+        """Digest of all that was added so far, 64 hexadecimal digits."""
+        return self._hash.hexdigest()
+
+
+def digest(directory: Path) -> str:
+    """Computes the digest of a shard set from the examples on disk; equals `info.metadata["digest"]` if all is well."""
+    builder = tfds.builder_from_directory(directory)
+    result = Digest()
+    for split in sorted(builder.info.splits):
+        result.add_split(split)
+        for example in builder.as_data_source(split):
+            result.add_example(example)
+    return result.hexdigest()
+
+
+def is_current(builder: Builder, directory: Path) -> bool:
+    """Tells whether a finished shard set in `directory` came from the builder's very source."""
+    try:
+        metadata = json.loads((directory / "metadata.json").read_text())
+        splits = tfds.builder_from_directory(directory).info.splits.values()
+    except (OSError, ValueError, tfds.core.DatasetNotFoundError):
+        return False
+    shards_exist = all(Path(path).is_file() for split in splits for path in split.filepaths)
+    return shards_exist and {key: metadata.get(key) for key in builder.provenance()} == builder.provenance()
+
+
+def build(builder_class: type[Builder], copy: physionet.Copy, data_dir: Path) -> tuple[Path, bool]:
+    """Writes the shards of a database to `data_dir/NAME/VERSION` unless they are there.
+
+    An older set stays until the new one is whole.
+
+    Args:
+        builder_class: for the database.
+        copy: its verified source.
+        data_dir: parent of all shard sets.
+
+    Returns:
+        the shard set's folder, and whether it was written (False: it was there, from the same source).
+
+    Raises:
+        PrepareError: a record cannot be used, or the shards cannot be written.
+    """
+    directory = data_dir / copy.database.folder
+    staging = data_dir / STAGING
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # a killed call may have left one
+        builder = builder_class(copy, staging)
+        if is_current(builder, directory):
+            return directory, False
+        with _quiet_tfds():
+            builder.download_and_prepare()
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        (staging / copy.database.folder).rename(directory)
+    except (OSError, RuntimeError) as error:
+        # array_record tells what the system refused in a RuntimeError, "…: write() failed: No space left on device; …"
+        refused = getattr(error, "strerror", None) or str(error).partition("() failed: ")[2].partition(";")[0]
+        if not refused:
+            raise
+        raise physionet.PrepareError(
+            f"cannot write the shards of {copy.database} in {data_dir}: {refused}; "
+            "free space or choose another --data-dir, then call again"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return directory, True
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keeps TFDS from telling of downloads it does not make, and its bars out of log files."""
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

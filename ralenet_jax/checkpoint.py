@@ -1,0 +1,135 @@
+"""What a run leaves in its work directory to go on from: its configuration, and Orbax checkpoints by step.
+
+Kept are the newest checkpoint (to resume from) and the best by validation SNR (to use). All that knows Orbax is here.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from ralenet_jax.errors import UserError
+
+_METRIC = "snr_db"
+# What may differ between a run and its continuation: where the data lies, what it runs on, how long, how it is tested.
+_MAY_CHANGE = ("data.dir", "num_devices", "train.epochs", "train.eval_every", "train.checkpoint_every", "eval.")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that the file is either the old one or whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def read_config(workdir: str | Path) -> ConfigDict:
+    """The locked configuration of the run in `workdir`; raises `UserError` where there is none."""
+    path = Path(workdir) / "config.json"
+    try:
+        return ConfigDict(json.loads(path.read_text())).lock()
+    except FileNotFoundError:
+        raise UserError(f"no run in {workdir} (no config.json); name the --workdir of a training run") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not readable as JSON ({error}); restore it, or start in a new --workdir") from None
+
+
+def claim(workdir: str | Path, config: ConfigDict) -> None:
+    """Makes `workdir` this run's, or checks that the run there has the same configuration.
+
+    Raises:
+        UserError: if another configuration was started there, naming the first difference.
+    """
+    path = Path(workdir) / "config.json"
+    mine = json.loads(config.to_json())
+    if path.exists():
+        theirs = _flat(json.loads(read_config(workdir).to_json()))
+        for key in sorted(_flat(mine).keys() | theirs.keys()):
+            given, found = _flat(mine).get(key), theirs.get(key)
+            if given != found and not key.startswith(_MAY_CHANGE):
+                raise UserError(
+                    f"{workdir} holds a run with {key}={found}, now {given} was given; "
+                    "use its configuration to resume it, or another --workdir"
+                )
+    write_json(path, mine)
+
+
+class Checkpointer:
+    """Checkpoints of the run in `workdir`. A context manager: leaving it waits for what is being written."""
+
+    def __init__(self, workdir: str | Path):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        policies = [
+            preservation_policy.LatestN(1),
+            preservation_policy.BestN(
+                get_metric_fn=lambda metrics: metrics[_METRIC], n=1, keep_checkpoints_without_metrics=False
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()
+
+    def save(self, state: Any, snr_db: float | None) -> None:
+        """Saves the state under its step, with the validation SNR in dB if it was measured there."""
+        metrics = None if snr_db is None else {_METRIC: snr_db}
+        self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the best validation SNR."""
+        scored = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        return max((step for step in scored if scored[step]), key=lambda step: scored[step][_METRIC], default=None)
+
+    def restore(self, target: Any, step: int | None = None) -> Any:
+        """Restores a state like `target` (structure, shapes, placement) from `step`, by default the newest.
+
+        Raises:
+            UserError: if there is no such checkpoint or it does not fit the target.
+        """
+        step = self.latest_step if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            steps = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise UserError(f"no checkpoint of step {step} in {self.directory} (there: {steps}); train first")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"the checkpoint of step {step} in {self.directory} cannot be read "
+                f"({reason[0] if reason else repr(error)}); delete that folder to go on from an older one, "
+                "or start in a new --workdir"
+            ) from error

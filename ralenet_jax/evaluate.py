@@ -1,0 +1,169 @@
+"""Evaluation of a trained run: all measures, for every condition, over every window of a split."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ralenet_jax import checkpoint, input_pipeline, noise, optim, provenance, steps
+from ralenet_jax import state as train_state
+from ralenet_jax.errors import UserError
+
+RESULT = "evaluation.json"
+_COLUMNS = ("snr_db", "snr_improvement_db", "pooled_snr_db", "rmse", "prd", "ssd", "mad", "cosine")
+_HEART_COLUMNS = ("qrs_amplitude_error", "st_level_error")
+
+
+def choose_devices(config: ConfigDict, *batch_sizes: int) -> list[jax.Device]:
+    """The devices to run on.
+
+    Raises:
+        UserError: if there are fewer than asked for, or a batch cannot be split evenly over them.
+    """
+    there = jax.devices()
+    wanted = config.num_devices or len(there)
+    if not 0 < wanted <= len(there):
+        raise UserError(f"num_devices is {config.num_devices}; expected 0 (all) to {len(there)}, the devices here")
+    for size in batch_sizes:
+        if size % wanted:
+            raise UserError(f"a batch of {size} windows does not divide by {wanted} devices; change it or num_devices")
+    return there[:wanted]
+
+
+def noise_source(config: ConfigDict, recordings: np.ndarray, split: str, kinds: str, low: float, high: float | None):
+    """The noise of a split under a condition: what `steps` takes. Its key comes from `noise.seed`."""
+    span = input_pipeline.noise_span(config, split, recordings.shape[1])
+    chosen = noise.condition(kinds, low, high, span)
+    return steps.NoiseSource(recordings, chosen, jax.random.key(config.noise.seed))
+
+
+def summarise(sums: dict[str, float]) -> dict[str, float]:
+    """Means over windows from their sums, and the SNR pooled over all windows (averages of dB flatter)."""
+    count = sums["count"]
+    means = {name: sums[name] / count for name in (*_COLUMNS, *_HEART_COLUMNS) if name in sums}
+    pooled = 10 * math.log10(max(sums["signal_energy"], 1e-20) / max(sums["error_energy"], 1e-20))
+    return means | {"pooled_snr_db": pooled, "windows": int(count)}
+
+
+def evaluate_windows(
+    eval_step: Callable, variables: Any, batches: Iterable[dict[str, np.ndarray]], source: steps.NoiseSource
+) -> dict[str, dict[str, float]]:
+    """Runs an evaluation step over batches: {"denoised": means, "noisy": means}. Sums are kept in float64."""
+    totals: dict[str, dict[str, float]] = {"denoised": {}, "noisy": {}}
+    for batch in batches:
+        # Fetched before the next dispatch: an unbounded queue over several CPU devices can abort in a collective.
+        for row, sums in jax.device_get(eval_step(variables, batch, source)).items():
+            for name, value in sums.items():
+                totals[row][name] = totals[row].get(name, 0.0) + float(value)
+    return {row: summarise(sums) for row, sums in totals.items()}
+
+
+def restore_state(config: ConfigDict, workdir: str | Path, devices: list[jax.Device], which: str):
+    """The model and its trained state on `devices`, from the "last" or "best" checkpoint or that of a step.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    model = train_state.model_from_config(config, steps.AXIS)
+    # Evaluation needs no optimiser, but the checkpoint holds its state, whose shapes do not depend on the total.
+    optimizer = optim.build_optimizer(config, total_steps=1)
+    with checkpoint.Checkpointer(workdir) as saved:
+        steps_by_name = {"last": saved.latest_step, "best": saved.best_step}
+        if which not in steps_by_name and not which.isdecimal():
+            raise UserError(f"checkpoint {which!r}; expected last, best or the number of a step")
+        step = steps_by_name[which] if which in steps_by_name else int(which)
+        shape = input_pipeline.window_shape(config)
+        target = steps.replicate(train_state.create_state(model, optimizer, jax.random.key(0), shape), devices)
+        return model, saved.restore(target, step)
+
+
+def _conditions(config: ConfigDict) -> list[tuple[str, float, float | None]]:
+    kinds = noise.parse_kinds(config.eval.kinds) if config.eval.kinds else (config.noise.kind,)
+    if config.eval.snr_db:
+        return [(kind, float(snr), None) for kind in kinds for snr in config.eval.snr_db]
+    return [(kind, config.noise.snr_db, config.noise.snr_db_high) for kind in kinds]
+
+
+def _name(kinds: str, low: float, high: float | None) -> str:
+    return f"{kinds}@{low:g}" if high is None else f"{kinds}@{low:g}..{high:g}"
+
+
+def evaluate(
+    config: ConfigDict,
+    workdir: str | Path,
+    which: str = "last",
+    split: str = "test",
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Evaluates a trained run on a split ("test" or "validation") and writes `evaluation.json` into its work directory.
+
+    Args:
+        config: the run's configuration, `eval.*` as wanted now.
+        workdir: the run's work directory.
+        which: the "last" checkpoint, the "best" by validation SNR, or the number of a step.
+        split: "test" or "validation".
+        log: takes lines of text.
+
+    Returns:
+        {"conditions": {"bw@-4": {"denoised": {…}, "noisy": {…}}}, "checkpoint": step, "units": …, "provenance": …}.
+
+    Raises:
+        UserError: for a missing run, checkpoint or shard set, or an unknown condition.
+    """
+    conditions = _conditions(config)
+    devices = choose_devices(config)
+    model, state = restore_state(config, workdir, devices, which)
+    windows = input_pipeline.read_split(config, split)
+    recordings = steps.replicate(input_pipeline.read_noise(config), devices)
+    eval_step = steps.build_eval_step(model, config.protocol, devices)
+    log(f"evaluating step {int(state.step)} of {workdir} on {len(windows):,} {split} windows, {len(devices)} device(s)")
+    results = {}
+    for condition in conditions:
+        batches = input_pipeline.eval_batches(windows, config.eval.batch_size, len(devices))
+        source = noise_source(config, recordings, split, *condition)
+        results[_name(*condition)] = evaluate_windows(eval_step, state.variables, batches, source)
+    result = {
+        "conditions": results,
+        "split": split,
+        "checkpoint": int(state.step),
+        "units": "z-scored" if config.protocol == "paper" else "mV",
+        "parameters": train_state.count_parameters(state.params),
+        "provenance": provenance.describe(config, len(devices)),
+    }
+    checkpoint.write_json(Path(workdir) / RESULT, result)
+    log(format_table(result))
+    log(f"written to {Path(workdir) / RESULT}")
+    return result
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The measures as text: for each condition the noisy input's row and the denoised output's."""
+    columns = (*_COLUMNS, *_HEART_COLUMNS)
+    rows = [("condition", "", *(name.removesuffix("_error") for name in columns))]
+    for name, parts in result["conditions"].items():
+        rows += [(name, part, *(f"{parts[part][column]:.4g}" for column in columns)) for part in ("noisy", "denoised")]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(lines) + f"\n(means over windows; amplitudes in {result['units']} units, prd in percent)"
+
+
+def example_windows(
+    config: ConfigDict, workdir: str | Path, count: int = 3, which: str = "last"
+) -> dict[str, np.ndarray]:
+    """A few test windows, evenly chosen: "clean", "noisy", "denoised", each `[count, L, C]` in the metrics' units.
+
+    Raises:
+        UserError: for a missing run, checkpoint or shard set.
+    """
+    devices = choose_devices(config)[:1]
+    model, state = restore_state(config, workdir, devices, which)
+    windows = input_pipeline.read_split(config, "test")
+    chosen = windows[np.linspace(0, len(windows) - 1, count).astype(int)]
+    source = noise_source(config, input_pipeline.read_noise(config), "test", *_conditions(config)[0])
+    step = jax.jit(functools.partial(steps.denoise_step, model, config.protocol))
+    return jax.device_get(step(state.variables, {"clean": chosen.millivolts(), "id": chosen.id}, source))

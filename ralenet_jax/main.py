@@ -1,0 +1,157 @@
+"""Trains or evaluates the run that a configuration describes.
+
+`python -m ralenet_jax.main --config=configs/ralenet.py --workdir=DIR --config.noise.kind=ma` trains, and
+`python -m ralenet_jax.main --mode=evaluate --workdir=DIR` evaluates what was trained.
+"""
+
+import argparse
+import ast
+import difflib
+import importlib.resources
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from ralenet_jax import checkpoint, evaluate, train
+from ralenet_jax.errors import UserError
+from ralenet_jax.train import Interrupted, NonFiniteLoss
+
+
+def _config_file(name: str) -> Path:
+    """The file of a configuration given as a path or as the name of one that comes with the package."""
+    packaged = importlib.resources.files("configs") / f"{name}.py"
+    if not Path(name).exists() and packaged.is_file():
+        return Path(str(packaged))
+    if not Path(name).is_file():
+        files = (path.name for path in importlib.resources.files("configs").iterdir())
+        there = sorted(name.removesuffix(".py") for name in files if name.endswith(".py") and name != "__init__.py")
+        raise UserError(f"no configuration {name!r}; give a file with get_config(), or one of {', '.join(there)}")
+    return Path(name)
+
+
+def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
+    """Loads a configuration by path or packaged name and applies overrides such as `noise.kind=ma`.
+
+    Raises:
+        UserError: for an unknown file or key (naming the nearest), or a value of the wrong type.
+    """
+    path = _config_file(name)
+    module = runpy.run_path(str(path))
+    if "get_config" not in module:
+        raise UserError(f"{path} has no get_config(); see configs/ralenet.py for what a configuration file holds")
+    return override(module["get_config"](), overrides)
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    keys = []
+    for key in config:
+        is_section = isinstance(config.get_ref(key).get(), ConfigDict)
+        keys += _keys(config[key], f"{prefix}{key}.") if is_section else [prefix + key]
+    return keys
+
+
+def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
+    """Sets keys from `section.key=value`; a value is a Python literal or else text. Raises `UserError`."""
+    known = _keys(config)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
+            raise UserError(f"unknown configuration key {key!r}; the nearest known one is {nearest!r}")
+        if not equals:
+            raise UserError(f"configuration key {key!r} has no value; write --config.{key}=VALUE")
+        try:
+            config.update_from_flattened_dict({key: _parse(value)})
+        except (TypeError, ValueError) as error:
+            section, _, leaf = key.rpartition(".")
+            expected = (config[section] if section else config).get_type(leaf).__name__
+            raise UserError(f"{key}={value!r} is not of the expected type {expected}") from error
+    return config
+
+
+def _parse(value: str):
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _parser(mode: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"ralenet {mode}",
+        allow_abbrev=False,
+        epilog="--config.KEY=VALUE sets any key of the configuration, for example --config.noise.kind=ma.",
+        description="Train a denoiser, or resume its training." if mode == "train" else "Evaluate a trained denoiser.",
+    )
+    parser.add_argument("--mode", choices=("train", "evaluate"), default=mode, help=argparse.SUPPRESS)
+    parser.add_argument("--workdir", required=True, help="folder of the run: configuration, checkpoints, results")
+    parser.add_argument("--data-dir", help="folder of the shards (the same as --config.data.dir)")
+    if mode == "train":
+        parser.add_argument("--config", default="ralenet", help="file or name of the configuration (default: ralenet)")
+    else:
+        parser.add_argument("--checkpoint", default="last", help="last, best or the number of a step (default: last)")
+        parser.add_argument("--split", default="test", choices=("test", "validation"), help="windows to evaluate on")
+    return parser
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--mode", choices=("train", "evaluate"), default="train")
+    mode = first.parse_known_args(argv)[0].mode
+    parser = _parser(mode)
+    arguments, rest = parser.parse_known_args(argv)
+    prefix = "--config."
+    for text in rest:
+        if not text.startswith(prefix):
+            parser.error(f"unknown argument {text!r}; see ralenet {mode} --help")
+    overrides = [text.removeprefix(prefix) for text in rest]
+    if arguments.data_dir:
+        overrides.append(f"data.dir={arguments.data_dir!r}")
+    return arguments, overrides
+
+
+def use_all_cores() -> None:
+    """On a CPU makes one host device for each core, unless the environment already says how many."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "") and not os.environ.get(
+        "JAX_NUM_CPU_DEVICES"
+    ):
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
+def _run(argv: list[str]) -> None:
+    arguments, overrides = _arguments(argv)
+    use_all_cores()
+    if arguments.mode == "train":
+        train.train(load_config(arguments.config, overrides), arguments.workdir)
+    else:
+        config = override(checkpoint.read_config(arguments.workdir), overrides)
+        evaluate.evaluate(config, arguments.workdir, arguments.checkpoint, arguments.split)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0, 2 for bad input, 1 for a failed training, 130 or 143 interrupted."""
+    try:
+        _run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"ralenet: error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLoss as error:
+        print(f"ralenet: stopped: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"ralenet: {error}", file=sys.stderr)
+        return 128 + error.signal
+    except KeyboardInterrupt:
+        print("ralenet: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The optimiser that a configuration describes, from Optax."""
+
+import optax
+from ml_collections import ConfigDict
+
+from ralenet_jax.errors import UserError
+
+_SCHEDULES = ("constant", "cosine")
+# PyTorch's defaults, which the published runs used.
+_OPTIMIZERS = {
+    "adam": lambda rate, decay: optax.adam(rate, b1=0.9, b2=0.999, eps=1e-8),
+    "adamw": lambda rate, decay: optax.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=decay),
+    "sgd": lambda rate, decay: optax.sgd(rate),
+}
+
+
+def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
+    """Learning rate over optimiser steps; raises `UserError` for an unknown schedule or an impossible rate."""
+    peak, warmup = config.optim.learning_rate, config.optim.warmup_steps
+    if not peak > 0 or warmup < 0:
+        raise UserError(f"optim.learning_rate is {peak} and optim.warmup_steps {warmup}; expected > 0 and >= 0")
+    if config.optim.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.optim.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(total_steps - warmup, 1))
+    else:
+        raise UserError(f"optim.schedule is {config.optim.schedule!r}; expected one of {', '.join(_SCHEDULES)}")
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def build_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+    """Builds the optimiser; raises `UserError` for one that is not known."""
+    if config.optim.name not in _OPTIMIZERS:
+        raise UserError(f"optim.name is {config.optim.name!r}; expected one of {', '.join(_OPTIMIZERS)}")
+    if config.optim.weight_decay and config.optim.name != "adamw":
+        raise UserError(
+            f"optim.weight_decay is set, but optim.name is {config.optim.name!r}; only adamw decays weights"
+        )
+    optimizer = _OPTIMIZERS[config.optim.name](learning_rate(config, total_steps), config.optim.weight_decay)
+    if config.optim.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.optim.clip_norm), optimizer)
+    return optimizer

@@ -1,0 +1,52 @@
+"""What training changes from step to step."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from ralenet_jax.models import build_model
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Parameters, running statistics, optimiser state and step count; no device axis, a plain pytree of arrays."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def model_from_config(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
+    """Builds the model that `config.model` names, with the options that it sets."""
+    options = {key: value for key, value in config.model.items() if key != "name" and value is not None}
+    return build_model(config.model.name, axis_name=axis_name, **options)
+
+
+def create_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, key: jax.Array, shape: tuple[int, int]
+) -> TrainState:
+    """Fresh state for windows of `shape` (samples, leads)."""
+    variables = jax.jit(model.init)(key, jnp.zeros((1, *shape)))
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(params),
+    )
+
+
+def count_parameters(params: Any) -> int:
+    """Trainable parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

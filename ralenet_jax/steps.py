@@ -1,0 +1,132 @@
+"""The training and the evaluation step: pure functions, and the one place where they meet the devices.
+
+State carries no device axis: it goes in replicated (`in_axes=None`) and, since gradients and metrics are averaged over
+the devices, comes out equal on all (`out_axes=None`). Batches carry the devices as their first axis.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ralenet_jax import metrics, noise
+
+AXIS = "batch"
+
+
+@flax.struct.dataclass
+class NoiseSource:
+    """The resident noise: `recordings` float32 `[3, N, C]` in mV, the condition, and the key of fixed noise."""
+
+    recordings: jax.Array
+    condition: noise.Condition
+    key: jax.Array
+
+
+def _noisy_windows(protocol: str, source: NoiseSource, batch: dict[str, jax.Array], key, step) -> noise.Mixture:
+    keys = noise.window_keys(key, batch["id"], step)
+    return noise.mix(protocol, source.recordings, source.condition, batch["clean"], keys)
+
+
+def _mean_over_devices(tree: Any) -> Any:
+    """One all-reduce for the whole tree; one for each of a hundred leaves costs milliseconds a step."""
+    flat, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.pmean(flat, AXIS))
+
+
+def train_step(model, optimizer, protocol: str, fresh: bool, state, batch, source: NoiseSource, key):
+    """One optimiser step on this device's share of a batch.
+
+    Args:
+        model, optimizer, protocol, fresh: what is trained and how noise is drawn; static.
+        state: the `TrainState` before.
+        batch: "clean" float32 `[B, L, C]` in mV and "id" int32 `[B]`.
+        source: the noise.
+        key: key of the run; used where noise is fresh.
+
+    Returns:
+        The state after, and the loss and the mean SNR in dB before the update, over all devices.
+    """
+    mixture = _noisy_windows(protocol, source, batch, *((key, state.step) if fresh else (source.key, None)))
+
+    def loss_of(params):
+        output, updates = model.apply(
+            {"params": params, "batch_stats": state.batch_stats}, mixture.noisy, train=True, mutable=["batch_stats"]
+        )
+        return metrics.squared_error(mixture.clean, output), (output, updates.get("batch_stats", {}))
+
+    (loss, (output, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    scalars = {"loss": loss, "snr_db": jnp.mean(metrics.snr_db(mixture.clean, output))}
+    gradients, scalars = _mean_over_devices((gradients, scalars))
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), scalars
+
+
+def eval_step(model, protocol: str, state_variables, batch, source: NoiseSource) -> dict[str, dict[str, jax.Array]]:
+    """Sums of all measures over this batch's windows, on all devices.
+
+    `batch` holds "clean" `[B, L, C]` in mV, "id" and "mask" float32 `[B]` (0: padding, not counted).
+
+    Returns:
+        {"denoised": sums, "noisy": sums}: the model's output, and its input as it came; with the "count" of windows.
+    """
+    mixture = _noisy_windows(protocol, source, batch, source.key, None)
+    output = model.apply(state_variables, mixture.noisy)
+    # Measured after undoing the normalisation, against the centred clean window: an offset is not signal.
+    clean, noisy, denoised = (
+        window * mixture.scale + mixture.offset for window in (mixture.clean, mixture.noisy, output)
+    )
+    sums = {
+        name: {
+            metric: jnp.sum(jnp.where(batch["mask"] > 0, values, 0.0))
+            for metric, values in metrics.window_metrics(clean, noisy, result).items()
+        }
+        | {"count": jnp.sum(batch["mask"])}
+        for name, result in (("denoised", denoised), ("noisy", noisy))
+    }
+    return jax.lax.psum(sums, AXIS)
+
+
+def denoise_step(model, protocol: str, state_variables, batch, source: NoiseSource) -> dict[str, jax.Array]:
+    """Clean, noisy and denoised windows `[B, L, C]` in the units of the metrics, for a look at them."""
+    mixture = _noisy_windows(protocol, source, batch, source.key, None)
+    output = model.apply(state_variables, mixture.noisy)
+    named = {"clean": mixture.clean, "noisy": mixture.noisy, "denoised": output}
+    return {name: window * mixture.scale + mixture.offset for name, window in named.items()}
+
+
+def _pmap(step: Callable, devices: Sequence[jax.Device], in_axes: tuple, donate: tuple[int, ...] = ()) -> Callable:
+    return jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=donate)
+
+
+def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Sequence[jax.Device]) -> Callable:
+    """Builds `(state, block, source, key) → (state, scalars)`: K optimiser steps in one dispatch.
+
+    The block's arrays are `[devices, K, B, …]`, B windows for each device; the scalars are `[K]`. The state that goes
+    in is given up to the one that comes out.
+    """
+
+    def train_block(state, block, source, key):
+        return jax.lax.scan(
+            lambda state, batch: train_step(model, optimizer, protocol, fresh, state, batch, source, key), state, block
+        )
+
+    return _pmap(train_block, devices, (None, 0, None, None), donate=(0,))
+
+
+def build_eval_step(model, protocol: str, devices: Sequence[jax.Device]) -> Callable:
+    """Builds `(variables, batch, source) → sums` over devices; the batch's arrays are `[devices, B, …]`."""
+    return _pmap(functools.partial(eval_step, model, protocol), devices, (None, 0, None))
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Places a pytree whole on every device."""
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))

@@ -1,0 +1,182 @@
+"""Published PyTorch state dicts ↔ Flax variables.
+
+Every model has a function that lists its arrays as `Entry`: the published key, where the array stands in the Flax
+variables, and how it is laid out there.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import flax
+import numpy as np
+
+from ralenet_jax.errors import UserError
+from ralenet_jax.models import ralenet
+
+# Buffers that hold no weights.
+_IGNORED = re.compile(r"(.*\.)?(num_batches_tracked|relative_position_index)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an array is turned from PyTorch's layout into Flax's and back."""
+
+    to_flax: Callable
+    to_torch: Callable
+
+
+SAME = Layout(np.asarray, np.asarray)
+DENSE = Layout(np.transpose, np.transpose)  # [out, in] → [in, out]
+CONV = Layout(lambda w: w.transpose(2, 1, 0), lambda w: w.transpose(2, 1, 0))  # [out, in, width] → [width, in, out]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One array: its published key, its path in the Flax variables, its published shape and its layout."""
+
+    key: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    layout: Layout = SAME
+
+
+def from_state_dict(name, state_dict):
+    """Flax variables of a model from its published weights.
+
+    Args:
+        name: a model's name, as for `build_model`.
+        state_dict: {published key: array}, NumPy arrays or what NumPy can read.
+
+    Returns:
+        {"params": ..., "batch_stats": ...} of float32 NumPy arrays.
+
+    Raises:
+        UserError: if a key is missing, unknown, or holds an array of another shape.
+    """
+    entries = _entries(name)
+    known = {entry.key for entry in entries}
+    missing = sorted(known - set(state_dict))
+    extra = sorted(key for key in set(state_dict) - known if not _IGNORED.fullmatch(key))
+    if missing or extra:
+        told = [f"{word}: {_some(keys)}" for word, keys in (("missing", missing), ("unknown", extra)) if keys]
+        raise UserError(f"the weights do not fit model {name!r}: {'; '.join(told)}; give the state dict of that model")
+    variables = {}
+    for entry in entries:
+        array = np.asarray(state_dict[entry.key], np.float32)
+        if array.shape != entry.shape:
+            raise UserError(
+                f"weight {entry.key!r} has shape {list(array.shape)}; model {name!r} expects {list(entry.shape)}"
+            )
+        variables[entry.path] = np.ascontiguousarray(entry.layout.to_flax(array))
+    return flax.traverse_util.unflatten_dict(variables)
+
+
+def to_state_dict(name, variables):
+    """The inverse of `from_state_dict`: {published key: float32 NumPy array}.
+
+    Raises:
+        UserError: if the variables are not those of the model.
+    """
+    flat = flax.traverse_util.flatten_dict(dict(variables))
+    entries = _entries(name)
+    different = {entry.path for entry in entries} ^ set(flat)
+    if different:
+        paths = sorted("/".join(path) for path in different)
+        raise UserError(f"the variables are not those of model {name!r}: missing or unknown {_some(paths)}")
+    return {
+        entry.key: np.ascontiguousarray(entry.layout.to_torch(np.asarray(flat[entry.path], np.float32)))
+        for entry in entries
+    }
+
+
+def _some(keys):
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _entries(name):
+    if name not in _PUBLISHED:
+        raise UserError(f"model {name!r} has no published weights; known: {', '.join(map(repr, _PUBLISHED))}")
+    return _PUBLISHED[name]()
+
+
+def _dense(key, path, features_in, features_out, bias=True):
+    yield Entry(f"{key}.weight", ("params", *path, "kernel"), (features_out, features_in), DENSE)
+    if bias:
+        yield Entry(f"{key}.bias", ("params", *path, "bias"), (features_out,))
+
+
+def _conv(key, path, features_in, features_out, width, bias=True):
+    yield Entry(f"{key}.weight", ("params", *path, "kernel"), (features_out, features_in, width), CONV)
+    if bias:
+        yield Entry(f"{key}.bias", ("params", *path, "bias"), (features_out,))
+
+
+def _norm(key, path, features):
+    yield Entry(f"{key}.weight", ("params", *path, "scale"), (features,))
+    yield Entry(f"{key}.bias", ("params", *path, "bias"), (features,))
+
+
+def _batch_norm(key, path, features):
+    yield from _norm(key, path, features)
+    yield Entry(f"{key}.running_mean", ("batch_stats", *path, "mean"), (features,))
+    yield Entry(f"{key}.running_var", ("batch_stats", *path, "var"), (features,))
+
+
+def _ralenet_block(key, path, channels, local):
+    yield from _dense(f"{key}.attn.qkv_proj.to_q", (path, "attention", "query"), channels, channels)
+    yield from _dense(f"{key}.attn.qkv_proj.to_kv", (path, "attention", "key_value"), channels, 2 * channels)
+    yield from _dense(f"{key}.attn.proj", (path, "attention", "out"), channels, channels)
+    yield from _norm(f"{key}.norm1", (path, "attention_norm"), channels)
+    yield from _norm(f"{key}.norm2", (path, "feed_forward_norm"), channels)
+    yield from _dense(f"{key}.mlp.fc1", (path, "feed_forward", "expand"), channels, 4 * channels)
+    yield from _dense(f"{key}.mlp.fc2", (path, "feed_forward", "project"), 4 * channels, channels)
+    if local:
+        yield from _conv(f"{key}.mlp.leconv.partial_conv3", (path, "feed_forward", "local"), 1, 1, 3, bias=False)
+
+
+# published name, Flax name, level; "utranformer3" is spelled so
+_RALENET_LAYERS = (
+    ("dtransformer1", "encoder0", 0),
+    ("dtransformer2", "encoder1", 1),
+    ("dtransformer3", "encoder2", 2),
+    ("dtransformer34", "encoder3", 3),
+    ("transformer", "bottleneck_in", 4),
+    ("utransformer4", "bottleneck_out", 4),
+    ("utranformer3", "decoder3", 3),
+    ("utransformer2", "decoder2", 2),
+    ("utransformer1", "decoder1", 1),
+)
+
+
+def _ralenet(local=True, r_wave=True):
+    width = ralenet.STEM_WIDTH
+    entries = [
+        *_conv("conv1.0", ("stem",), 2, width, 3),
+        *_batch_norm("conv1.2", ("stem_norm",), width),
+        *_conv("transconv.0", ("head",), width, 2, 3),
+    ]
+    for published, flax_name, level in _RALENET_LAYERS:
+        for i in range(2):
+            # Without R-wave attention the published layer is a bare list of blocks.
+            key = f"{published}.blocks.{i}" if r_wave else f"{published}.{i}"
+            entries += _ralenet_block(key, f"{flax_name}_{i}", width * 2**level, local)
+    for level, window in enumerate(ralenet.R_WAVE_WINDOWS):
+        wide, narrow = width * 2 ** (level + 1), width * 2**level
+        for key, path, channels in (("pm", "merge", wide), ("ps", "separate", narrow)):
+            entries += _norm(f"{key}{level + 1}.norm", (f"{path}{level}", "norm"), channels)
+            entries += _dense(
+                f"{key}{level + 1}.reduction", (f"{path}{level}", "dense"), channels, channels, bias=False
+            )
+        if r_wave:
+            key = f"rwattn{level + 1}.relative_position_bias_table"
+            shape = (2 * window - 1, narrow // ralenet.HEAD_DIM)
+            entries.append(Entry(key, ("params", f"r_wave{level}", "table"), shape))
+    return entries
+
+
+_PUBLISHED = {
+    "ralenet": _ralenet,
+    "ralenet_mlp": lambda: _ralenet(local=False),
+    "ralenet_nra": lambda: _ralenet(r_wave=False),
+}

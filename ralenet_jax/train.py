@@ -1,0 +1,226 @@
+"""The training loop: blocks of steps, validation, checkpoints, until the last epoch or an interruption."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ralenet_jax import checkpoint, evaluate, input_pipeline, optim, steps
+from ralenet_jax import state as train_state
+from ralenet_jax.errors import UserError
+from ralenet_jax.writer import Writer
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was told to stop; it has saved. `signal` is what told it."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signal = signum
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became NaN or infinite; nothing of that was saved."""
+
+
+class _Stop:
+    """Turns SIGINT and SIGTERM into a flag that the loop looks at between dispatches; a second SIGINT ends it."""
+
+    def __enter__(self):
+        self.signal = None
+        self._previous = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        except ValueError:  # not in the main thread: then signals are not ours
+            pass
+        return self
+
+    def _note(self, number, _):
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class _Progress:
+    """A bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, step: int, total: int, epoch_steps: int, batch_size: int):
+        self._bar = tqdm(initial=step, total=total, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._total, self._epoch_steps, self._batch_size = total, epoch_steps, batch_size
+        self._since, self._from = time.monotonic(), step
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+    def line(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def update(self, step: int, loss: float, snr_db: float) -> float | None:
+        """Tells where the training is; gives the rate in windows a second when it told."""
+        elapsed = time.monotonic() - self._since
+        rate = (step - self._from) * self._batch_size / max(elapsed, 1e-9)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, SNR {snr_db:.2f} dB, {rate:.0f} windows/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+        if elapsed < _SECONDS_BETWEEN_LINES and step < self._total:
+            return None
+        if self._bar.disable:
+            where = f"step {step}/{self._total} (epoch {step / self._epoch_steps:.1f})"
+            self.line(f"{where}: loss {loss:.4f}, SNR {snr_db:.2f} dB, {rate:.0f} windows/s")
+        self.pause(step)
+        return rate
+
+    def pause(self, step: int) -> None:
+        """Takes what came since out of the rate."""
+        self._since, self._from = time.monotonic(), step
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, max(min(limit, number), 1) + 1) if number % d == 0)
+
+
+class _Run:
+    """What a run is made of: data, noise, compiled steps, and the state that changes."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.batch_size = config.train.batch_size
+        self.devices = evaluate.choose_devices(config, self.batch_size)
+        self.train_windows = input_pipeline.read_split(config, "train")
+        self.validation_windows = input_pipeline.read_split(config, "validation")
+        self.epoch_steps = input_pipeline.steps_per_epoch(config, len(self.train_windows))
+        self.total_steps = self.epoch_steps * config.train.epochs
+        self.block_steps = _largest_divisor(self.epoch_steps, config.train.steps_per_dispatch)
+        condition = (config.noise.kind, config.noise.snr_db, config.noise.snr_db_high)
+        recordings = steps.replicate(input_pipeline.read_noise(config), self.devices)
+        self.train_noise = evaluate.noise_source(config, recordings, "train", *condition)
+        self.validation_noise = evaluate.noise_source(config, recordings, "validation", *condition)
+        model = train_state.model_from_config(config, steps.AXIS)
+        optimizer = optim.build_optimizer(config, self.total_steps)
+        initial, self.key = jax.random.split(jax.random.key(config.seed))
+        state = train_state.create_state(model, optimizer, initial, self.train_windows.signal.shape[1:])
+        self.state = steps.replicate(state, self.devices)
+        self._block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, self.devices)
+        self._eval_step = steps.build_eval_step(model, config.protocol, self.devices)
+
+    def train_block(self, step: int) -> dict[str, np.ndarray]:
+        """Trains from `step` for one block; gives its scalars, each `[K]`."""
+        indices = input_pipeline.batch_indices(
+            self.config.seed, step, self.block_steps, len(self.train_windows), self.batch_size
+        )
+        block = input_pipeline.train_block(self.train_windows, indices, len(self.devices))
+        self.state, scalars = self._block(self.state, block, self.train_noise, self.key)
+        # Fetched before the next dispatch: an unbounded queue over several CPU devices can abort in a collective.
+        return jax.device_get(scalars)
+
+    def validate(self) -> dict[str, float]:
+        """Measures on the validation windows."""
+        batches = input_pipeline.eval_batches(self.validation_windows, self.config.eval.batch_size, len(self.devices))
+        measured = evaluate.evaluate_windows(self._eval_step, self.state.variables, batches, self.validation_noise)
+        return measured["denoised"]
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Trains, or goes on training, the run in `workdir` until its last epoch.
+
+    Writes config.json, metrics.jsonl, TensorBoard events and Orbax checkpoints there.
+
+    Returns:
+        {"step": last step, "validation": its measures, or None if the run was finished before}.
+
+    Raises:
+        UserError: for a configuration or data that cannot be trained, or a work directory of another run.
+        NonFiniteLoss: with the step and the last good checkpoint.
+        Interrupted: after SIGINT or SIGTERM, the state being saved.
+    """
+    _check(config)
+    run = _Run(config)
+    checkpoint.claim(workdir, config)
+    with checkpoint.Checkpointer(workdir) as saved, _Stop() as stop:
+        step = saved.latest_step or 0
+        if step:
+            run.state = saved.restore(run.state)
+        bar = _Progress(step, run.total_steps, run.epoch_steps, run.batch_size)
+        with Writer(workdir, step) as writer, bar as progress:
+            progress.line(_greeting(run, workdir, step))
+            return _loop(run, saved, stop, writer, progress, step)
+
+
+def _check(config: ConfigDict) -> None:
+    for key in ("epochs", "steps_per_dispatch", "eval_every", "checkpoint_every"):
+        if config.train[key] < 1:
+            raise UserError(f"train.{key} is {config.train[key]}; expected 1 or more")
+
+
+def _greeting(run: _Run, workdir: str | Path, step: int) -> str:
+    count = train_state.count_parameters(run.state.params)
+    how = f"resuming at step {step}" if step else "starting"
+    return (
+        f"{how}: {run.config.model.name} ({count:,} parameters) on {len(run.train_windows):,} windows, "
+        f"{len(run.validation_windows):,} to validate, {run.total_steps:,} steps, {len(run.devices)} "
+        f"{run.devices[0].platform} device(s), in {workdir}"
+    )
+
+
+def _loop(run: _Run, saved, stop: _Stop, writer: Writer, progress: _Progress, step: int) -> dict[str, Any]:
+    validation = None
+    while step < run.total_steps:
+        scalars = run.train_block(step)
+        step += run.block_steps
+        _check_finite(scalars["loss"], step - run.block_steps, saved)
+        loss, snr_db = float(np.mean(scalars["loss"])), float(np.mean(scalars["snr_db"]))
+        rate = progress.update(step, loss, snr_db)
+        if rate is not None:
+            writer.write(step, "train", {"loss": loss, "snr_db": snr_db, "windows_per_s": rate})
+        validation = _end_of_epoch(run, saved, writer, progress, step) or validation
+        if stop.signal is not None:
+            if saved.latest_step != step:
+                saved.save(run.state, None)
+            saved.wait()
+            raise Interrupted(stop.signal, f"stopped at step {step}, saved; the same command goes on from there")
+    saved.wait()
+    progress.line(f"trained: step {step}, checkpoints in {saved.directory}")
+    return {"step": step, "validation": validation}
+
+
+def _end_of_epoch(run: _Run, saved, writer: Writer, progress: _Progress, step: int) -> dict[str, float] | None:
+    """Validates and saves where an epoch ends and the configuration says so; the last step always."""
+    epoch, within = divmod(step, run.epoch_steps)
+    if within:
+        return None
+    validation, last = None, step == run.total_steps
+    if last or epoch % run.config.train.eval_every == 0:
+        validation = run.validate()
+        writer.write(step, "validation", {"epoch": epoch} | validation)
+        progress.line(f"epoch {epoch}: validation SNR {validation['snr_db']:.3f} dB, RMSE {validation['rmse']:.4f}")
+    if last or epoch % run.config.train.checkpoint_every == 0:
+        saved.save(run.state, validation and validation["snr_db"])
+    progress.pause(step)
+    return validation
+
+
+def _check_finite(losses: np.ndarray, first_step: int, saved) -> None:
+    if np.all(np.isfinite(losses)):
+        return
+    bad = first_step + int(np.argmin(np.isfinite(losses)))
+    good = saved.latest_step
+    kept = "no checkpoint yet" if good is None else f"the last good checkpoint is of step {good} in {saved.directory}"
+    value = losses[bad - first_step]
+    raise NonFiniteLoss(f"the loss is {value} at step {bad}; {kept}; try a lower optim.learning_rate")

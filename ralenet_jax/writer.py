@@ -1,0 +1,48 @@
+"""Scalars of a run: JSON lines in `metrics.jsonl`, and TensorBoard event files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+def read_history(workdir: str | Path) -> list[dict[str, Any]]:
+    """All lines of `metrics.jsonl`, each with its "step"; a line cut by a kill is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    history = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            history.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return history
+
+
+class Writer:
+    """Writes the scalars of the run in `workdir`, going on after `step`: later lines of a killed run are dropped."""
+
+    def __init__(self, workdir: str | Path, step: int):
+        self._path = Path(workdir) / "metrics.jsonl"
+        kept = [line for line in read_history(workdir) if line["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self._path)
+        self._lines = self._path.open("a")
+        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1 if kept else None)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_):
+        self._lines.close()
+        self._events.close()
+
+    def write(self, step: int, part: str, scalars: dict[str, float]) -> None:
+        """Writes scalars of `part` ("train" or "validation") at a step."""
+        named = {f"{part}/{name}": float(value) for name, value in scalars.items()}
+        self._lines.write(json.dumps({"step": step} | named) + "\n")
+        self._lines.flush()
+        for name, value in named.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()

@@ -1,0 +1,41 @@
+"""Settings and data that all tests share."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+# Before any backend starts: the tests see two CPU devices, whatever the machine.
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference data that is not part of the checkout."""
+    path = Path(os.environ.get("RALENET_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"no reference data at {path}; set RALENET_SHARED to its folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def physionet(request) -> Path:
+    """The real databases, laid out as on PhysioNet's file server."""
+    given = os.environ.get("RALENET_PHYSIONET")
+    path = Path(given) if given else request.getfixturevalue("shared") / "physionet"
+    if not path.is_dir():
+        pytest.skip(f"no databases at {path}; set RALENET_PHYSIONET to their folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Shards of the simulated databases, made once for all tests."""
+    from data_prep import prepare, simulate
+
+    folder = tmp_path_factory.mktemp("data")
+    source = simulate.write(folder / "simulated", seed=0)
+    prepare.prepare(folder / "shards", source=source)
+    return folder / "shards"

@@ -1,0 +1,83 @@
+"""Our models against the numbers of the published PyTorch models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ralenet_jax.models import build_model
+from ralenet_jax.torch_weights import from_state_dict
+
+STEPS = 10
+
+
+def _group(data, group):
+    return {key.removeprefix(f"{group}/"): data[key] for key in data.files if key.startswith(f"{group}/")}
+
+
+def _channels_last(array):
+    return jnp.asarray(array.transpose(0, 2, 1))
+
+
+def _ours(name, data):
+    """What the parity file holds, computed by us: outputs, running statistics, losses."""
+    model = build_model(name)
+    variables = jax.tree.map(jnp.asarray, from_state_dict(name, _group(data, "state_dict")))
+    x, target = _channels_last(data["input"]), _channels_last(data["target"])
+    optimizer = optax.adam(1e-3, eps=1e-8)
+
+    def loss_of(params, batch_stats):
+        y, updates = model.apply({"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"])
+        return jnp.mean(jnp.square(y - target)), (y, updates["batch_stats"])
+
+    @jax.jit
+    def step(params, batch_stats, moments):
+        (loss, (y, batch_stats)), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, batch_stats)
+        updates, moments = optimizer.update(gradient, moments)
+        return optax.apply_updates(params, updates), batch_stats, moments, loss, y
+
+    evaluate = jax.jit(model.apply)
+    ours = {"output_eval": evaluate(variables, x), "adam_losses": []}
+    params, batch_stats, moments = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+    for i in range(STEPS):
+        params, batch_stats, moments, loss, y = step(params, batch_stats, moments)
+        ours["adam_losses"].append(loss)
+        if i == 0:
+            ours |= {"output_train": y, "batch_stats": batch_stats}
+    ours["output_eval_after_10_adam_steps"] = evaluate({"params": params, "batch_stats": batch_stats}, x)
+    return ours
+
+
+def _relative(ours, published):
+    return float(np.max(np.abs(np.asarray(ours) / published - 1)))
+
+
+def _figures(name, data):
+    """The largest differences: absolute for outputs, relative for losses and running statistics."""
+    ours = _ours(name, data)
+    outputs = ("output_eval", "output_train", "output_eval_after_10_adam_steps")
+    figures = {key: float(np.max(np.abs(np.asarray(ours[key]) - _channels_last(data[key])))) for key in outputs}
+    figures["adam_losses"] = _relative(ours["adam_losses"], data["adam_losses"])
+    state = _group(data, "state_dict") | _group(data, "running_after_1")
+    published = from_state_dict(name, state)["batch_stats"]
+    figures["running_after_1"] = max(jax.tree.leaves(jax.tree.map(_relative, ours["batch_stats"], published)))
+    return figures
+
+
+LIMITS = {
+    "output_eval": 1e-5,
+    "output_train": 2e-5,
+    "adam_losses": 1e-5,
+    "output_eval_after_10_adam_steps": 4e-5,
+    "running_after_1": 1e-6,
+}
+
+
+@pytest.mark.parametrize("name", ["ralenet", "ralenet_mlp", "ralenet_nra"])
+def test_model_agrees_with_published_model(name, shared, capsys):
+    figures = _figures(name, np.load(shared / "parity" / f"{name}.npz"))
+    with capsys.disabled():
+        print(f"\nparity of {name}: " + ", ".join(f"{key} {value:.1e}" for key, value in figures.items()))
+    for key, limit in LIMITS.items():
+        assert figures[key] <= limit, key
