@@ -79,7 +79,7 @@ class Ludb(shards.Builder):
         if not np.isfinite(header.p_signal).all():  # the filter would spread a gap over its neighbours
             raise physionet.PrepareError(f"record {record} in {self.copy.folder} has gaps; use PhysioNet's copy")
         signal = resample(header.p_signal)
-        peaks = resample_peaks(annotation.sample[np.array(annotation.symbol) == "N"])
+        peaks = resample_peaks(annotation.sample[np.array(annotation.symbol, dtype=str) == "N"])
         peaks = peaks[windows.has_room(peaks, len(signal))]
         for window, peak in zip(windows.cut(signal, peaks), peaks, strict=True):
             yield {

@@ -15,7 +15,6 @@ from data_prep import physionet, shards, windows
 DS1 = tuple("101 106 108 109 112 114 115 116 118 119 122 124 201 202 203 205 207 208 209 215 220 223 230".split())
 DS2 = tuple("100 103 105 111 113 117 121 123 200 210 212 213 214 219 221 222 228 231 232 233 234".split())
 PACED = tuple("102 104 107 217".split())
-VALIDATION = tuple("109 116 124 205 223".split())  # out of DS1, never trained on
 
 
 class Mitdb(shards.Builder):

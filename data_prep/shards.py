@@ -131,7 +131,7 @@ def is_current(builder: Builder, directory: Path) -> bool:
     try:
         metadata = json.loads((directory / "metadata.json").read_text())
         splits = tfds.builder_from_directory(directory).info.splits.values()
-    except (OSError, ValueError, tfds.core.DatasetNotFoundError):
+    except Exception:  # nothing there, or whatever reading a damaged set met
         return False
     shards_exist = all(Path(path).is_file() for split in splits for path in split.filepaths)
     return shards_exist and {key: metadata.get(key) for key in builder.provenance()} == builder.provenance()

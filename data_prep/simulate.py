@@ -1,14 +1,13 @@
 """Small made-up databases in PhysioNet's file layout: the same builders read them, without a download.
 
-The heartbeats come from NeuroKit2's ECGSYN (McSharry et al. 2003, doi:10.1109/TBME.2003.808805), the noise is shaped white
-noise. They are for trying and testing the software: no figure obtained on them says anything about real recordings.
+The heartbeats come from NeuroKit2's ECGSYN (McSharry et al. 2003, doi:10.1109/TBME.2003.808805), the noise is shaped
+white noise. They are for trying and testing the software: no figure obtained on them speaks of real recordings.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -31,20 +30,22 @@ _LAYOUT = 1  # goes up when the same seed gives other files
 # Record and its minutes; what trains, validates and tests is decided by name, as for the real database.
 _MITDB = {
     **dict.fromkeys(("101", "106", "108", "112", "114"), 4.0),  # train
-    **dict.fromkeys(("109", "116"), 2.0),  # validation
+    **dict.fromkeys(("109", "116"), 1.0),  # validation
     **dict.fromkeys(("100", "103", "105"), 2.0),  # test
-    "102": 0.5,  # paced
+    "102": 0.4,  # paced
 }
 _NSTDB_MINUTES = 6.0
 _LUDB = ("1", "2", "3", "4", "5")  # 5 tests: its number divides by five
 _LUDB_SECONDS = 10
 _LUDB_QRS_HALF_S = 0.05
 
-_GAIN = 200  # ADC units per mV, of mitdb and nstdb
-_BASELINE = 1024  # ADC units at 0 mV, of mitdb
-_LUDB_GAIN = 1000
+_START_S = 2  # left out: ECGSYN begins on top of an R wave and needs a while to swing in
 
-# Of ECGSYN's waves P Q R S T: angles in degrees (the R peak stands at 0), heights, widths in radians.
+# WFDB format, its bits, ADC units per mV, and at 0 mV; as in the real databases (ludb's gains vary there).
+_STORAGE = {"mitdb": ("212", 12, 200, 1024), "nstdb": ("212", 12, 200, 0), "ludb": ("16", 16, 1000, 0)}
+
+# Of ECGSYN's waves P Q R S T: angles in degrees (the R peak stands at 0), heights, widths in radians. Records have
+# wider ones, never narrower: the library's integrator may step over a narrow QRS.
 _ANGLES = np.array([-70.0, -15.0, 0.0, 15.0, 100.0])
 _WIDTHS = np.array([0.25, 0.1, 0.1, 0.1, 0.4])
 _HEIGHTS = {"MLII": np.array([1.2, -5.0, 30.0, -7.5, 0.75]), "V1": np.array([0.6, 0.0, 8.0, -22.0, 0.4])}
@@ -56,9 +57,9 @@ _VENTRICULAR_HEIGHTS = {"MLII": np.array([0.0, -3.0, 20.0, 0.0, -1.5]), "V1": np
 def write(directory: str | os.PathLike, seed: int = 0) -> Path:
     """Writes simulated mitdb, nstdb and ludb below a folder, laid out as on PhysioNet's file server.
 
-    mitdb: 2 leads, 360 Hz, normal beats (N) and a few early ventricular ones (V), a patient for each record. nstdb: bw, em
-    and ma, 2 channels, 360 Hz. ludb: 12 leads, 500 Hz, QRS complexes annotated for lead ii. The same seed gives the same
-    bytes. The folder appears whole or not at all; a finished one of the same seed is left as it is.
+    mitdb: 2 leads, 360 Hz, normal beats (N) and a few early ventricular ones (V), a patient for each record. nstdb: bw,
+    em and ma, 2 channels, 360 Hz. ludb: 12 leads, 500 Hz, QRS complexes annotated for lead ii. The same seed gives the
+    same bytes. The folder appears whole or not at all; a finished one of the same seed is left as it is.
 
     Args:
         directory: the folder, new, empty, or written by this function before.
@@ -88,7 +89,8 @@ def write(directory: str | os.PathLike, seed: int = 0) -> Path:
             os.rename(new, directory)
     except OSError as error:
         raise PrepareError(
-            f"cannot write simulated databases to {directory}: {error.strerror or error}; free space or choose another folder"
+            f"cannot write simulated databases to {directory}: {error.strerror or error}; "
+            "free space or choose another folder"
         ) from error
     return directory
 
@@ -99,9 +101,27 @@ def _is_ours(directory: Path) -> bool:
         return True
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PrepareError(
-            f"{directory} is not empty and not simulated by this software; expected a new or empty folder: choose another"
+            f"{directory} holds something else than simulated databases; expected a new or empty folder: choose another"
         )
     return False
+
+
+def _write_record(path: Path, database: str, signal: np.ndarray, names: list[str]) -> None:
+    """Writes the header and the signal, [L, leads] in mV, of one record."""
+    number_format, bits, gain, baseline = _STORAGE[database]
+    highest = 2 ** (bits - 1) - 1  # the lowest number, -highest - 1, stands for a missing sample
+    wfdb.wrsamp(
+        path.name,
+        DATABASES[database].sampling_rate,
+        ["mV"] * len(names),
+        names,
+        d_signal=np.clip(np.round(signal * gain + baseline), -highest, highest).astype(np.int64),
+        fmt=[number_format] * len(names),
+        adc_gain=[gain] * len(names),
+        baseline=[baseline] * len(names),
+        comments=["Simulated: no patient"],
+        write_dir=str(path.parent),
+    )
 
 
 def _write_lists(folder: Path, records: list[str]) -> None:
@@ -134,16 +154,16 @@ class _Patient:
             heart_rate_std=rng.uniform(1, 5),
             rhythm_seed=int(rng.integers(2**31)),
             angles=_ANGLES + rng.normal(0, [6, 1, 0, 1, 8]),
-            widths=rng.uniform(0.85, 1.2, 5),
+            widths=rng.uniform(1.0, 1.3, 5),
         )
 
     def lead(self, seconds: float, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """One lead by ECGSYN: float64 [L] at 360 Hz, mV, about 0 between the beats."""
         rate = DATABASES["mitdb"].sampling_rate
-        start = rate // 2  # it begins on top of an R wave: leave that beat out
+        start = _START_S * rate
         signal = neurokit2.ecg_simulate(
             length=round(seconds * rate) + start,
-            # ECGSYN works out the next power of two of these seconds: the half second at the start is among them
+            # ECGSYN works out the next power of two of these seconds: those of the start are among them
             duration=seconds,
             sampling_rate=rate,
             noise=0,
@@ -158,22 +178,10 @@ class _Patient:
 
 
 def _write_mitdb(folder: Path, seed: int) -> list[str]:
-    rate = DATABASES["mitdb"].sampling_rate
     for index, (record, minutes) in enumerate(_MITDB.items()):
         patient = _Patient.draw(seed, 0, index)
         signal, peaks, symbols = _two_leads(patient, 60 * minutes)
-        wfdb.wrsamp(
-            record,
-            rate,
-            ["mV"] * 2,
-            list(_HEIGHTS),
-            d_signal=np.round(signal * _GAIN + _BASELINE).astype(np.int64),
-            fmt=["212"] * 2,
-            adc_gain=[_GAIN] * 2,
-            baseline=[_BASELINE] * 2,
-            comments=["Simulated by ralenet_jax: no patient"],
-            write_dir=str(folder),
-        )
+        _write_record(folder / record, "mitdb", signal, list(_HEIGHTS))
         # As in the real database, a change of rhythm is annotated too: not every annotation is a beat.
         wfdb.wrann(
             record,
@@ -193,7 +201,7 @@ def _two_leads(patient: _Patient, seconds: float) -> tuple[np.ndarray, np.ndarra
     shapes = {name: heights * rng.lognormal(0, 0.2, 5) for name, heights in _HEIGHTS.items()}
     signal = np.stack([patient.lead(seconds, heights, _WIDTHS) for heights in shapes.values()], axis=1) * amplitudes
     peaks = _r_peaks(signal[:, 0], rate)
-    strip = [patient.lead(15, heights, _VENTRICULAR_WIDTHS) for heights in _VENTRICULAR_HEIGHTS.values()]
+    strip = [patient.lead(13, heights, _VENTRICULAR_WIDTHS) for heights in _VENTRICULAR_HEIGHTS.values()]
     strip = np.stack(strip, axis=1) * amplitudes * rng.uniform(1.0, 1.4)
     symbols = _put_ventricular_beats(signal, peaks, strip, rng, share=rng.uniform(0.02, 0.1))
     # Breathing moves the heart: all waves grow and shrink by a few per cent, a few times a minute.
@@ -249,25 +257,7 @@ def _write_nstdb(folder: Path, seed: int) -> list[str]:
     makers = {"bw": _baseline_wander, "em": _electrode_motion, "ma": _muscle_artifact}
     for index, (record, make) in enumerate(makers.items()):
         rng = np.random.default_rng([seed, 1, index])
-        signal = np.clip(np.round(make(length, rate, rng) * _GAIN), -2047, 2047).astype(np.int64)
-        wfdb.Record(
-            record_name=record,
-            n_sig=2,
-            fs=rate,
-            sig_len=length,
-            file_name=[f"{record}.dat"] * 2,
-            fmt=["212"] * 2,
-            adc_gain=[_GAIN] * 2,
-            baseline=[0] * 2,
-            units=["mV"] * 2,
-            adc_res=[12] * 2,
-            adc_zero=[0] * 2,
-            block_size=[0] * 2,
-            init_value=signal[0].tolist(),
-            checksum=[None] * 2,
-            sig_name=["noise1", "noise2"],
-            d_signal=signal,
-        ).wrsamp(write_dir=str(folder))
+        _write_record(folder / record, "nstdb", make(length, rate, rng), ["noise1", "noise2"])
     return sorted(makers)
 
 
@@ -276,9 +266,10 @@ def _shaped(length: int, rate: int, band, kind: str, rng: np.random.Generator) -
 
     The channels share half of their power, as electrodes of one body do.
     """
-    white = rng.normal(size=(length, 3))
+    margin = 10 * rate  # a slow filter needs time to forget where it began
+    white = rng.normal(size=(length + 2 * margin, 3))
     sos = scipy.signal.butter(2, band, kind, fs=rate, output="sos")
-    filtered = scipy.signal.sosfiltfilt(sos, white[:, :2] + white[:, 2:], axis=0)
+    filtered = scipy.signal.sosfiltfilt(sos, white[:, :2] + white[:, 2:], axis=0)[margin:-margin]
     return filtered / filtered.std(axis=0)
 
 
@@ -290,7 +281,7 @@ def _baseline_wander(length: int, rate: int, rng: np.random.Generator) -> np.nda
 def _electrode_motion(length: int, rate: int, rng: np.random.Generator) -> np.ndarray:
     """Abrupt jumps that decay, over noise of 1 to 10 Hz: float64 [length, 2], mV."""
     events = rng.random(length) < 0.8 / rate
-    jumps = events * rng.standard_t(3, length)
+    jumps = events * rng.laplace(scale=1.0, size=length)
     kernel = np.exp(-np.arange(3 * rate) / (0.35 * rate))
     steps = scipy.signal.fftconvolve(jumps, kernel)[:length]
     sos = scipy.signal.butter(2, 25, "lowpass", fs=rate, output="sos")  # a contact breaks fast, not at once
@@ -311,30 +302,20 @@ def _write_ludb(folder: Path, seed: int) -> list[str]:
     for index, record in enumerate(_LUDB):
         rng = np.random.default_rng([seed, 2, index])
         leads = neurokit2.ecg_simulate(
-            length=_LUDB_SECONDS * rate,
+            length=(_LUDB_SECONDS + _START_S) * rate,
             duration=_LUDB_SECONDS,
             sampling_rate=rate,
             noise=0,
             heart_rate=rng.uniform(55, 95),
             heart_rate_std=rng.uniform(1, 4),
             method="multileads",
+            bi=_WIDTHS * 1.25,
             random_state=int(rng.integers(2**31)),
-        )
+        )[_START_S * rate :]
         signal = (leads.to_numpy() - leads.median().to_numpy()) * rng.uniform(0.7, 1.6, leads.shape[1])
-        wfdb.wrsamp(
-            record,
-            rate,
-            ["mV"] * signal.shape[1],
-            [name.lower() for name in leads.columns],
-            d_signal=np.round(signal * _LUDB_GAIN).astype(np.int64),
-            fmt=["16"] * signal.shape[1],
-            adc_gain=[_LUDB_GAIN] * signal.shape[1],
-            baseline=[0] * signal.shape[1],
-            comments=["Simulated by ralenet_jax: no patient"],
-            write_dir=str(folder / "data"),
-        )
+        _write_record(folder / "data" / record, "ludb", signal, [name.lower() for name in leads.columns])
         half = round(_LUDB_QRS_HALF_S * rate)
-        peaks = _r_peaks(leads["II"].to_numpy(), rate)
+        peaks = _r_peaks(leads["I"].to_numpy(), rate)  # all leads beat together; the R wave of II is small here
         peaks = peaks[(peaks >= half) & (peaks < len(signal) - half)]
         samples = (peaks[:, None] + [-half, 0, half]).ravel()
         wfdb.wrann(record, "ii", samples, ["(", "N", ")"] * len(peaks), write_dir=str(folder / "data"))

@@ -18,7 +18,7 @@ from ralenet_jax.errors import UserError
 
 # Records of DS1 that never train: they validate under the honest protocol.
 VALIDATION_RECORDS = ("109", "116", "124", "205", "223")
-_ALL_SPLITS = "ds1+ds2+paced"
+_SPLITS = ("ds1", "ds2", "paced")
 _READ_AT_ONCE = 4096
 
 
@@ -66,7 +66,7 @@ def open_shards(data_dir: str | Path, name: str) -> tfds.core.DatasetBuilder:
 
 def read_windows(builder: tfds.core.DatasetBuilder, ids: np.ndarray) -> Windows:
     """Reads the windows with these places in `ds1+ds2+paced`, in this order."""
-    source = builder.as_data_source(_ALL_SPLITS)
+    source = builder.as_data_source("+".join(_split_sizes(builder)))
     names = ("signal", "gain", "baseline", "record", "symbol")
     columns = {name: [] for name in names}
     for start in range(0, len(ids), _READ_AT_ONCE):
@@ -79,7 +79,7 @@ def read_windows(builder: tfds.core.DatasetBuilder, ids: np.ndarray) -> Windows:
 
 
 def _split_sizes(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
-    return {name: builder.info.splits[name].num_examples for name in _ALL_SPLITS.split("+")}
+    return {name: builder.info.splits[name].num_examples for name in _SPLITS if name in builder.info.splits}
 
 
 def window_shape(config: ConfigDict) -> tuple[int, int]:
@@ -111,12 +111,12 @@ def read_split(config: ConfigDict, split: str) -> Windows:
         return read_windows(builder, _random_split(config, sum(sizes.values()))[split])
     if config.protocol != "honest":
         raise UserError(f"protocol is {config.protocol!r}; expected one of {', '.join(noise.PROTOCOLS)}")
-    if split == "test":
-        windows = read_windows(builder, np.arange(sizes["ds1"], sizes["ds1"] + sizes["ds2"]))
-    else:
-        windows = read_windows(builder, np.arange(sizes["ds1"]))
+    training = sizes.get("ds1", 0)
+    ids = np.arange(training, training + sizes.get("ds2", 0)) if split == "test" else np.arange(training)
+    windows = read_windows(builder, ids) if len(ids) else None
+    if windows and split != "test":
         windows = windows[np.isin(windows.record, VALIDATION_RECORDS) == (split == "validation")]
-    if not len(windows):
+    if not windows:
         raise UserError(f"the {split} part of {builder.info.full_name} has no windows; prepare the whole database")
     return windows
 
@@ -124,6 +124,8 @@ def read_split(config: ConfigDict, split: str) -> Windows:
 def read_noise(config: ConfigDict) -> np.ndarray:
     """The noise recordings, float32 `[3, N, C]` in mV, in the order of `noise.RECORDINGS`, cut to the shortest."""
     builder = open_shards(config.data.dir, "nstdb")
+    if missing := [name for name in noise.RECORDINGS if name not in builder.info.splits]:
+        raise UserError(f"{builder.info.full_name} below {config.data.dir} has no {missing[0]}; prepare all of nstdb")
     examples = [builder.as_data_source(name)[0] for name in noise.RECORDINGS]
     length = min(len(example["signal"]) for example in examples)
     return np.stack(

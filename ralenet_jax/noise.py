@@ -75,7 +75,7 @@ def _noise_window(recordings: jax.Array, weights: jax.Array, span: jax.Array, ke
 def _draw(recordings: jax.Array, chosen: Condition, key: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     """One window's noise `[L, C]` in mV and its ratio in dB."""
     kind_key, start_key, snr_key = jax.random.split(key, 3)
-    weights = chosen.weights[jax.random.randint(kind_key, (), 0, chosen.weights.shape[0])]
+    weights = jnp.asarray(chosen.weights)[jax.random.randint(kind_key, (), 0, chosen.weights.shape[0])]
     ratio = jax.random.uniform(snr_key, (), minval=chosen.snr_db[0], maxval=chosen.snr_db[1])
     return _noise_window(recordings, weights, chosen.span, start_key, length), ratio
 

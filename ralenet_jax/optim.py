@@ -1,5 +1,7 @@
 """The optimiser that a configuration describes, from Optax."""
 
+import math
+
 import optax
 from ml_collections import ConfigDict
 
@@ -17,7 +19,7 @@ _OPTIMIZERS = {
 def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
     """Learning rate over optimiser steps; raises `UserError` for an unknown schedule or an impossible rate."""
     peak, warmup = config.optim.learning_rate, config.optim.warmup_steps
-    if not peak > 0 or warmup < 0:
+    if not 0 < peak < math.inf or warmup < 0:
         raise UserError(f"optim.learning_rate is {peak} and optim.warmup_steps {warmup}; expected > 0 and >= 0")
     if config.optim.schedule == "constant":
         after = optax.constant_schedule(peak)
@@ -34,6 +36,9 @@ def build_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTrans
     """Builds the optimiser; raises `UserError` for one that is not known."""
     if config.optim.name not in _OPTIMIZERS:
         raise UserError(f"optim.name is {config.optim.name!r}; expected one of {', '.join(_OPTIMIZERS)}")
+    for key in ("weight_decay", "clip_norm"):
+        if not 0 <= config.optim[key] < math.inf:
+            raise UserError(f"optim.{key} is {config.optim[key]}; expected a number from 0 on")
     if config.optim.weight_decay and config.optim.name != "adamw":
         raise UserError(
             f"optim.weight_decay is set, but optim.name is {config.optim.name!r}; only adamw decays weights"

@@ -4,11 +4,11 @@ State carries no device axis: it goes in replicated (`in_axes=None`) and, since 
 the devices, comes out equal on all (`out_axes=None`). Batches carry the devices as their first axis.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,8 @@ from ralenet_jax import metrics, noise
 AXIS = "batch"
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class NoiseSource:
     """The resident noise: `recordings` float32 `[3, N, C]` in mV, the condition, and the key of fixed noise."""
 

@@ -1,6 +1,7 @@
 """Settings and data that all tests share."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -9,6 +10,12 @@ import pytest
 # Before any backend starts: the tests see two CPU devices, whatever the machine.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A model is compiled once for all tests, those in processes of their own included.
+_CACHE = tempfile.TemporaryDirectory(prefix="ralenet_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session")

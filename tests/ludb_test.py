@@ -60,6 +60,13 @@ def test_windows_and_splits(tmp_path):
     assert [lead.decode() for lead in example["leads"]] == "i ii iii avr avl avf v1 v2 v3 v4 v5 v6".split()
 
 
+def test_a_record_without_annotations_gives_no_windows(tmp_path):
+    write_ludb(tmp_path, numbers=("1", "2"))
+    (tmp_path / "ludb/1.0.1/data/1.ii").write_bytes(b"\0\0")
+    write_lists(tmp_path / "ludb/1.0.1", ["data/1", "data/2"])
+    assert {e["record"] for e in build(tmp_path, tmp_path / "data").as_data_source("train")} == {b"2"}
+
+
 def test_gaps_are_refused(tmp_path):
     signals = write_ludb(tmp_path, numbers=("1",))
     folder = tmp_path / "ludb/1.0.1"

@@ -21,7 +21,6 @@ def test_every_record_stands_in_one_list():
     assert [len(records) for records in lists] == [23, 21, 4]
     assert len({*mitdb.DS1, *mitdb.DS2, *mitdb.PACED}) == 48
     assert {"201", "202"} <= set(mitdb.DS1)  # one person
-    assert set(mitdb.VALIDATION) < set(mitdb.DS1)
 
 
 def test_examples_are_the_file_s_own_samples(tmp_path):
@@ -30,7 +29,7 @@ def test_examples_are_the_file_s_own_samples(tmp_path):
     assert set(builder.info.splits) == {"ds1", "ds2", "paced"}
     examples = list(builder.as_data_source("ds1"))
     found = [(example["record"], example["sample"], example["symbol"]) for example in examples]
-    # In the order of RECORDS, then of time. L and A at 128 and 1872 just have room; the others have none or are no beats.
+    # In the order of RECORDS, then of time. L and A (128, 1872) just have room; the others have none or are no beats.
     kept = [(128, b"L"), (500, b"V"), (1872, b"A")]
     assert found == [(record, *beat) for record in (b"101", b"106") for beat in kept]
     for example in examples:
@@ -56,6 +55,13 @@ def test_a_few_records_are_enough(tmp_path):
     assert set(build(tmp_path, tmp_path / "data").info.splits) == {"ds2"}
 
 
+def test_a_record_without_annotations_gives_no_windows(tmp_path):
+    write_mitdb(tmp_path, records=("100", "103"))
+    (tmp_path / "mitdb/1.0.0/100.atr").write_bytes(b"\0\0")
+    write_lists(tmp_path / "mitdb/1.0.0", ["100", "103"])
+    assert {e["record"] for e in build(tmp_path, tmp_path / "data").as_data_source("ds2")} == {b"103"}
+
+
 def test_a_record_in_no_list_is_refused(tmp_path):
     write_mitdb(tmp_path, records=("100", "999"))
     with pytest.raises(PrepareError, match="records 999, which no split holds"):
@@ -77,7 +83,7 @@ def test_two_real_records(tmp_path, physionet):
             (source / f"{name}{ending}").symlink_to(physionet / f"mitdb/1.0.0/{name}{ending}")
     write_lists(source, ["100", "114"])
     builder = build(tmp_path, tmp_path / "data")
-    # MIT-BIH's directory counts 2,273 and 1,879 beats; only the first and the last of 100 (at 77 and 649,991) lack room.
+    # MIT-BIH's directory counts 2,273 and 1,879 beats; the first and the last of 100 (at 77 and 649,991) lack room.
     assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"ds1": 1879, "ds2": 2271}
     example = builder.as_data_source("ds1")[0]
     assert example["leads"].tolist() == [b"V5", b"MLII"]  # 114 alone has them in this order

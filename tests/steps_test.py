@@ -1,0 +1,124 @@
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+
+from ralenet_jax import metrics, noise, steps
+from ralenet_jax.models import build_model
+from ralenet_jax.models.batch_norm import BatchNorm
+from ralenet_jax.state import create_state
+
+_LENGTH = 64
+_BATCH = 8
+
+
+class _Small(nn.Module):
+    """Compiles in a moment; what RA-LENet shares with other models: a convolution and a normalisation over the batch."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Conv(2, (3,))(nn.relu(BatchNorm(self.axis_name)(nn.Conv(8, (3,))(x), train)))
+
+
+class _Setup:
+    """A small batch, noise, model and optimiser (SGD: Adam amplifies rounding) with their first state, as host arrays."""
+
+    def __init__(self, model):
+        rng = np.random.default_rng(0)
+        self.model, self.optimizer = model, optax.sgd(0.1)
+        self.state = jax.device_get(create_state(model, self.optimizer, jax.random.key(0), (_LENGTH, 2)))
+        self.batch = {
+            "clean": rng.standard_normal((3, _BATCH, _LENGTH, 2)).astype(np.float32),
+            "id": np.arange(3 * _BATCH, dtype=np.int32).reshape(3, _BATCH),
+        }
+        recordings = rng.standard_normal((3, 1000, 2)).astype(np.float32)
+        self.source = steps.NoiseSource(recordings, noise.condition("emb", -4.0, None, (0, 1000)), jax.random.key(1))
+
+    @functools.cache  # noqa: B019 - compiled once for each kind
+    def block(self, devices, fresh):
+        return steps.build_train_block(self.model, self.optimizer, "honest", fresh, jax.devices()[:devices])
+
+    def run(self, devices, fresh=False, state=None, first=0, count=1, key=7):
+        """Trains on steps first..first+count of the batch: state and scalars."""
+        there = jax.devices()[:devices]
+        block = {
+            name: np.stack(np.split(array[first : first + count], devices, axis=1))
+            for name, array in self.batch.items()
+        }
+        state, source = steps.replicate((self.state if state is None else state, self.source), there)
+        return jax.device_get(self.block(devices, fresh)(state, block, source, jax.random.key(key)))
+
+
+@pytest.fixture(scope="module")
+def small():
+    return _Setup(_Small(axis_name=steps.AXIS))
+
+
+def _largest_difference(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.max(np.abs(x - y)), a, b)))
+
+
+@pytest.mark.parametrize("name", ["small", "ralenet"])
+def test_one_and_two_devices_agree_after_one_sgd_step(name, small):
+    setup = small if name == "small" else _Setup(build_model("ralenet", axis_name=steps.AXIS))
+    (one, one_scalars), (two, two_scalars) = setup.run(1), setup.run(2)
+    assert _largest_difference(one.params, two.params) < 1e-6
+    assert _largest_difference(one.batch_stats, two.batch_stats) < 1e-6
+    np.testing.assert_allclose(one_scalars["loss"], two_scalars["loss"], rtol=1e-6)
+    assert _largest_difference(one.params, setup.state.params) > 1e-4  # the step moved something
+
+
+def test_block_of_steps_is_the_steps_one_by_one(small):
+    block, scalars = small.run(2, fresh=True, count=3)
+    state = None
+    for i in range(3):
+        state, single = small.run(2, fresh=True, state=state, first=i)
+        np.testing.assert_allclose(scalars["loss"][i], single["loss"][0], rtol=1e-6)
+    assert int(block.step) == int(state.step) == 3
+    assert _largest_difference(block.params, state.params) < 1e-6
+
+
+def test_loss_is_that_of_the_plain_model_on_the_mixed_windows(small):
+    _, scalars = small.run(2)
+    clean, identity = small.batch["clean"][0], small.batch["id"][0]
+    keys = noise.window_keys(small.source.key, identity, None)
+    mixture = noise.mix("honest", small.source.recordings, small.source.condition, clean, keys)
+    plain = small.model.clone(axis_name=None)
+    output, _ = plain.apply(small.state.variables, mixture.noisy, train=True, mutable=["batch_stats"])
+    expected = np.mean(np.square(np.asarray(mixture.clean, np.float64) - np.asarray(output, np.float64)))
+    np.testing.assert_allclose(scalars["loss"][0], expected, rtol=1e-5)
+
+
+def test_fixed_noise_ignores_step_and_run_key_fresh_noise_does_not(small):
+    later = small.state.replace(step=np.int32(5))
+    losses = {
+        (fresh, name): small.run(1, fresh=fresh, state=state, key=key)[1]["loss"][0]
+        for fresh in (False, True)
+        for name, state, key in (("first", None, 7), ("later", later, 7), ("other key", None, 8))
+    }
+    assert losses[False, "first"] == losses[False, "later"] == losses[False, "other key"]
+    assert len({losses[True, "first"], losses[True, "later"], losses[True, "other key"]}) == 3
+
+
+def test_evaluation_counts_every_window_once_and_no_padding(small):
+    clean, identity = small.batch["clean"][0], small.batch["id"][0]
+    devices = jax.devices()[:2]
+    step = steps.build_eval_step(small.model, "honest", devices)
+    mask = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
+    given = {"clean": clean, "id": identity, "mask": mask}
+    split = {name: np.stack(np.split(array, 2)) for name, array in given.items()}
+    variables, source = steps.replicate((small.state.variables, small.source), devices)
+    sums = jax.device_get(step(variables, split, source))
+    single = jax.jit(functools.partial(steps.denoise_step, small.model, "honest"))
+    shown = jax.device_get(single(small.state.variables, {"clean": clean[:5], "id": identity[:5]}, small.source))
+    expected = metrics.window_metrics(shown["clean"], shown["noisy"], shown["denoised"])
+    assert sums["denoised"]["count"] == sums["noisy"]["count"] == 5
+    for name, values in expected.items():
+        np.testing.assert_allclose(sums["denoised"][name], np.sum(values), rtol=2e-5, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(sums["noisy"]["snr_db"] / 5, -4.0, atol=1e-4)
+    np.testing.assert_allclose(shown["clean"], clean[:5] - clean[:5].mean(1, keepdims=True), atol=1e-5)

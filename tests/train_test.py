@@ -1,0 +1,164 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ralenet_jax import checkpoint, evaluate, train
+from ralenet_jax.errors import UserError
+from ralenet_jax.main import load_config
+from ralenet_jax.writer import read_history
+
+_ROOT = Path(__file__).resolve().parents[1]
+# Eight steps an epoch, in dispatches of two.
+_SMALL = ["data.num_windows=80", "data.num_train=64", "train.batch_size=8", "train.steps_per_dispatch=2"]
+
+
+def _config(data_dir, *overrides):
+    return load_config("ralenet", [f"data.dir={str(data_dir)!r}", *_SMALL, *overrides])
+
+
+def _command(data_dir, workdir, *overrides):
+    settings = [f"--config.{text}" for text in (*_SMALL, *overrides)]
+    return [sys.executable, "-m", "ralenet_jax.main", "--workdir", workdir, "--data-dir", data_dir, *settings]
+
+
+def _start(data_dir, workdir, *overrides):
+    command = list(map(str, _command(data_dir, workdir, *overrides)))
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=_ROOT, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"NPROC": "2"})
+
+
+def _finish(process, timeout=240):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def _wait_for_line(process, start):
+    for line in process.stdout:
+        if line.startswith(start):
+            return
+    raise AssertionError(f"no line {start!r}: {process.stderr.read()}")
+
+
+def _final_state(config, workdir):
+    return jax.device_get(evaluate.restore_state(config, workdir, jax.devices()[:2], "last")[1])
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    """A run of four epochs that nothing interrupted: its configuration, folder and output."""
+    workdir = tmp_path_factory.mktemp("whole")
+    code, out, err = _finish(_start(data_dir, workdir, "train.epochs=4", "noise.fresh=True"))
+    assert code == 0, err
+    return _config(data_dir, "train.epochs=4", "noise.fresh=True"), workdir, out
+
+
+def _assert_same_state(config, workdir, other):
+    one, two = _final_state(config, workdir), _final_state(config, other)
+    assert int(one.step) == int(two.step) == 32
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_run_killed_at_a_random_moment_resumes_to_identical_bits(data_dir, whole, tmp_path):
+    config, workdir, _ = whole
+    process = _start(data_dir, tmp_path, "train.epochs=4", "noise.fresh=True")
+    _wait_for_line(process, f"epoch {random.choice((1, 2))}:")
+    time.sleep(random.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    assert _finish(process)[0] == -signal.SIGKILL
+    code, out, err = _finish(_start(data_dir, tmp_path, "train.epochs=4", "noise.fresh=True"))
+    assert code == 0, err
+    _assert_same_state(config, workdir, tmp_path)
+    steps = [line["step"] for line in read_history(tmp_path) if "validation/snr_db" in line]
+    assert steps == [8, 16, 24, 32]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_told_to_stop_it_saves_leaves_and_resumes_to_identical_bits(data_dir, whole, tmp_path, number, code):
+    config, workdir, _ = whole
+    process = _start(data_dir, tmp_path, "train.epochs=4", "noise.fresh=True")
+    _wait_for_line(process, "epoch 1:")
+    process.send_signal(number)
+    left, _, err = _finish(process)
+    assert left == code
+    assert "saved" in err and "Traceback" not in err
+    _, out, _ = _finish(_start(data_dir, tmp_path, "train.epochs=4", "noise.fresh=True"))
+    assert "resuming at step" in out
+    _assert_same_state(config, workdir, tmp_path)
+
+
+def test_validates_every_epoch_and_writes_scalars(whole):
+    _, workdir, out = whole
+    epochs = [line for line in read_history(workdir) if "validation/snr_db" in line]
+    assert [(line["step"], line["validation/epoch"]) for line in epochs] == [(8, 1), (16, 2), (24, 3), (32, 4)]
+    assert all(line["validation/windows"] == 16 for line in epochs)
+    assert any("train/windows_per_s" in line for line in read_history(workdir))
+    assert list((workdir / "tensorboard").glob("events.*"))
+    assert "1,087,282 parameters" in out
+
+
+def test_learns(whole):
+    _, workdir, _ = whole
+    snr = [line["validation/snr_db"] for line in read_history(workdir) if "validation/snr_db" in line]
+    # The noisy windows are at -4 dB; an untrained model's output is worse.
+    assert snr[-1] > snr[0] and snr[-1] > -1
+
+
+def test_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(data_dir, tmp_path):
+    process = _start(data_dir, tmp_path, "optim.learning_rate=1e30", "optim.name=sgd", "train.epochs=1")
+    code, _, err = _finish(process)
+    assert code == 1
+    assert "at step 2; no checkpoint yet" in err or "at step 1; no checkpoint yet" in err
+    assert "Traceback" not in err
+    with checkpoint.Checkpointer(tmp_path) as saved:
+        assert saved.latest_step is None
+
+
+def test_finished_run_is_left_alone_and_may_be_prolonged(data_dir, tmp_path, capsys):
+    assert train.train(_config(data_dir, "train.epochs=1"), tmp_path)["step"] == 8
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert train.train(_config(data_dir, "train.epochs=1"), tmp_path)["validation"] is None
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert train.train(_config(data_dir, "train.epochs=2"), tmp_path)["step"] == 16
+    assert "resuming at step 8" in capsys.readouterr().out
+
+
+def test_workdir_of_another_configuration_is_refused(data_dir, tmp_path):
+    checkpoint.claim(tmp_path, _config(data_dir))
+    with pytest.raises(UserError, match="noise.kind=bw, now ma"):
+        train.train(_config(data_dir, "noise.kind=ma"), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["noise"]["kind"] == "bw"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("train.epochs=0", "train.epochs is 0"),
+        ("train.batch_size=7", "batch of 7 windows does not divide by 2 devices"),
+        ("train.batch_size=66", "train.batch_size is 66; expected 1 to 64"),
+        ("num_devices=3", "num_devices is 3; expected 0"),
+        ("data.num_train=80", "data.num_train 80 of data.num_windows 80"),
+        ("protocol=other", "protocol is 'other'"),
+        ("noise.kind=hum", "noise kind 'hum'"),
+        ("optim.name=lion", "optim.name is 'lion'"),
+    ],
+)
+def test_configuration_that_cannot_be_trained_is_refused_in_one_line(data_dir, tmp_path, given, said):
+    with pytest.raises(UserError, match="^[^\n]+$") as caught:
+        train.train(_config(data_dir, given), tmp_path / "run")
+    assert said in str(caught.value)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_missing_shards_name_the_command_that_makes_them(tmp_path):
+    with pytest.raises(UserError, match="ralenet prepare --data-dir"):
+        train.train(_config(tmp_path / "nothing"), tmp_path / "run")
