@@ -1,8 +1,8 @@
 """Windows per second: the real training step and inference, alone or in turns with a peer on the same machine.
 
-Training is timed as `ralenet train` runs it: batches put together on the host, K scanned steps in one dispatch over all
-devices, noise mixed there, scalars fetched before the next dispatch. Only the data is made up. Inference is the model alone
-on a batch that lies on the devices. Every measurement is one JSON line on stdout.
+Training is timed as `ralenet train` runs it: batches put together on the host, K scanned steps in one dispatch over
+all devices, noise mixed there, scalars fetched before the next dispatch. Only the data is made up. Inference is the
+model alone on a batch that lies on the devices. Every measurement is one JSON line on stdout.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def _made_up_windows(count: int) -> input_pipeline.Windows:
     )
 
 
-def training(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Callable[[], int], float]:
-    """Compiles the training block; gives a function that trains K steps and returns their windows, and the seconds."""
+def training(config: ConfigDict, devices: Sequence[jax.Device], state) -> Callable[[], int]:
+    """A function that trains K steps from `state` on and returns how many windows that were."""
     batch, count = config.train.batch_size, config.train.steps_per_dispatch
     windows = _made_up_windows(batch * count * 4)
     recordings = np.random.default_rng(1).standard_normal((3, _NOISE_SAMPLES, _SHAPE[1]), np.float32)
@@ -52,8 +52,7 @@ def training(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Callabl
     source = evaluate.noise_source(config, steps.replicate(recordings, devices), "train", *kind)
     model = train_state.model_from_config(config, steps.AXIS)
     optimizer = optim.build_optimizer(config, total_steps=1)
-    key = jax.random.key(config.seed)
-    state = steps.replicate(train_state.create_state(model, optimizer, key, _SHAPE), devices)
+    key, state = jax.random.key(config.seed), steps.replicate(state, devices)
     block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, devices)
     step = 0
 
@@ -65,36 +64,37 @@ def training(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Callabl
         step += count
         return count * batch
 
-    start = time.perf_counter()
-    train()
-    first = time.perf_counter() - start
-    start = time.perf_counter()
-    train()
-    return train, first - (time.perf_counter() - start)
+    return train
 
 
-def inference(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Callable[[], int], float]:
-    """Compiles the model; gives a function that denoises one batch and returns its windows, and the seconds."""
+def inference(config: ConfigDict, devices: Sequence[jax.Device], variables) -> Callable[[], int]:
+    """A function that denoises one batch and returns how many windows that were."""
     batch = config.train.batch_size
     model = train_state.model_from_config(config)
-    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, *_SHAPE), np.float32))
     noisy = np.random.default_rng(2).standard_normal((batch, *_SHAPE), np.float32)
     noisy = jax.device_put(noisy, NamedSharding(Mesh(np.array(devices), (steps.AXIS,)), PartitionSpec(steps.AXIS)))
     variables = steps.replicate(variables, devices)
-    start = time.perf_counter()
-    apply = jax.jit(model.apply).lower(variables, noisy).compile()
-    seconds = time.perf_counter() - start
+    apply = jax.jit(model.apply)
 
     def infer() -> int:
         apply(variables, noisy).block_until_ready()
         return batch
 
-    return infer, seconds
+    return infer
+
+
+def compile_seconds(run: Callable[[], int]) -> float:
+    """What the first call of `run` takes longer than the second."""
+    times = [time.perf_counter()]
+    for _ in range(2):
+        run()
+        times.append(time.perf_counter())
+    return 2 * times[1] - times[0] - times[2]
 
 
 def windows_per_second(run: Callable[[], int], seconds: float) -> float:
     """Calls `run`, which returns how many windows it did, for about so many seconds; the first call does not count."""
-    run()
+    run()  # what the caches hold is the peer's work
     start, count = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         count += run()
@@ -113,11 +113,10 @@ def run_peer(command: Sequence[str]) -> dict:
         measures = {name: result.pop(name.replace("windows", "segments")) for name in _MEASURES}
     except OSError as error:
         raise UserError(f"the peer {command[0]} does not start: {error.strerror}; see --peer-python") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         last = done.stderr.strip().rpartition("\n")[2] or done.stdout.strip().rpartition("\n")[2]
         raise UserError(
-            f"the peer (exit {done.returncode}) printed no JSON line with train_segments_per_s and infer_segments_per_s, "
-            f"but: {last!r}"
+            f"the peer (exit {done.returncode}) printed no JSON with train_ and infer_segments_per_s, but: {last!r}"
         ) from error
     return result | measures
 
@@ -154,9 +153,10 @@ def main(argv: Sequence[str]) -> int:
     use_all_cores()
     config = load_config("ralenet", [f"train.batch_size={args.batch}", f"num_devices={args.devices}"])
     devices = evaluate.choose_devices(config, args.batch)
-    platform = devices[0].platform
-    train, train_compile = training(config, devices)
-    infer, infer_compile = inference(config, devices)
+    optimizer = optim.build_optimizer(config, total_steps=1)
+    state = train_state.create_state(train_state.model_from_config(config), optimizer, jax.random.key(0), _SHAPE)
+    state = jax.device_get(state)  # the training gives up its own copy
+    train, infer = training(config, devices, state), inference(config, devices, state.variables)
     head = {
         "ralenet_jax": __version__,
         "revision": provenance.revision(),
@@ -166,10 +166,12 @@ def main(argv: Sequence[str]) -> int:
         "cores": os.cpu_count(),
         "batch": args.batch,
         "steps_per_dispatch": config.train.steps_per_dispatch,
+        "train_compile_s": round(compile_seconds(train), 2),
+        "infer_compile_s": round(compile_seconds(infer), 2),
     }
-    print(json.dumps(head | {"train_compile_s": round(train_compile, 2), "infer_compile_s": round(infer_compile, 2)}))
-    peer = [args.peer_python, *shlex.split(args.peer or ""), "--batch", str(args.batch), "--seconds", str(args.seconds)]
-    peer += ["--device", "cuda" if platform == "gpu" else platform]
+    print(json.dumps(head), flush=True)
+    options = {"batch": args.batch, "seconds": args.seconds, "device": devices[0].platform.replace("gpu", "cuda")}
+    peer = [args.peer_python, *shlex.split(args.peer or "")] + [f"--{name}={value}" for name, value in options.items()]
     rows, peer_rows = [], []
     for number in range(args.repeats):
         rates = (windows_per_second(run, args.seconds) for run in (train, infer))

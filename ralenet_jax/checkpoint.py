@@ -43,10 +43,10 @@ def read_config(workdir: str | Path) -> ConfigDict:
     """The locked configuration of the run in `workdir`; raises `UserError` where there is none."""
     path = Path(workdir) / "config.json"
     try:
-        return ConfigDict(json.loads(path.read_text())).lock()
-    except FileNotFoundError:
+        return ConfigDict(dict(json.loads(path.read_text()))).lock()
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no run in {workdir} (no config.json); name the --workdir of a training run") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not readable as JSON ({error}); restore it, or start in a new --workdir") from None
 
 
@@ -67,7 +67,14 @@ def claim(workdir: str | Path, config: ConfigDict) -> None:
                     f"{workdir} holds a run with {key}={found}, now {given} was given; "
                     "use its configuration to resume it, or another --workdir"
                 )
-    write_json(path, mine)
+    try:
+        write_json(path, mine)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --workdir") from error
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics[_METRIC]
 
 
 class Checkpointer:
@@ -77,12 +84,12 @@ class Checkpointer:
         logging.getLogger("absl").setLevel(logging.ERROR)
         policies = [
             preservation_policy.LatestN(1),
-            preservation_policy.BestN(
-                get_metric_fn=lambda metrics: metrics[_METRIC], n=1, keep_checkpoints_without_metrics=False
-            ),
+            preservation_policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
         ]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=_score,  # without it the metrics are not written, and a resumed run does not know its best
+            cleanup_tmp_directories=True,
         )
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self.directory, options=options)

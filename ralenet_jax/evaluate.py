@@ -23,15 +23,19 @@ def choose_devices(config: ConfigDict, *batch_sizes: int) -> list[jax.Device]:
     """The devices to run on.
 
     Raises:
-        UserError: if there are fewer than asked for, or a batch cannot be split evenly over them.
+        UserError: if there are fewer than asked for, or a batch is empty or cannot be split evenly over them.
     """
     there = jax.devices()
-    wanted = config.num_devices or len(there)
-    if not 0 < wanted <= len(there):
+    if not 0 <= config.num_devices <= len(there):
         raise UserError(f"num_devices is {config.num_devices}; expected 0 (all) to {len(there)}, the devices here")
-    for size in batch_sizes:
-        if size % wanted:
-            raise UserError(f"a batch of {size} windows does not divide by {wanted} devices; change it or num_devices")
+    if config.eval.batch_size < 1:
+        raise UserError(f"eval.batch_size is {config.eval.batch_size}; expected 1 or more")
+    # All that share the batches evenly: a machine of 6 or 12 cores trains batches of 32 too.
+    even = [n for n in range(1, len(there) + 1) if not any(size % n for size in batch_sizes)]
+    wanted = config.num_devices or even[-1]
+    if wanted not in even:
+        sizes = " and ".join(map(str, batch_sizes))
+        raise UserError(f"a batch of {sizes} windows does not divide by {wanted} devices; change it or num_devices")
     return there[:wanted]
 
 
@@ -77,13 +81,23 @@ def restore_state(config: ConfigDict, workdir: str | Path, devices: list[jax.Dev
         if which not in steps_by_name and not which.isdecimal():
             raise UserError(f"checkpoint {which!r}; expected last, best or the number of a step")
         step = steps_by_name[which] if which in steps_by_name else int(which)
-        shape = input_pipeline.window_shape(config)
-        target = steps.replicate(train_state.create_state(model, optimizer, jax.random.key(0), shape), devices)
+        if which == "best" and step is None:
+            raise UserError(f"no checkpoint in {saved.directory} was validated; use the last, or train on")
+        create = functools.partial(
+            train_state.create_state, model, optimizer, shape=input_pipeline.window_shape(config)
+        )
+        # Shapes are enough, and initial values take longer than a small evaluation.
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=steps.replicated(devices)),
+            jax.eval_shape(create, jax.random.key(0)),
+        )
         return model, saved.restore(target, step)
 
 
 def _conditions(config: ConfigDict) -> list[tuple[str, float, float | None]]:
     kinds = noise.parse_kinds(config.eval.kinds) if config.eval.kinds else (config.noise.kind,)
+    if not all(isinstance(snr, int | float) for snr in config.eval.snr_db):
+        raise UserError(f"eval.snr_db is {tuple(config.eval.snr_db)}; expected numbers, in dB")
     if config.eval.snr_db:
         return [(kind, float(snr), None) for kind in kinds for snr in config.eval.snr_db]
     return [(kind, config.noise.snr_db, config.noise.snr_db_high) for kind in kinds]

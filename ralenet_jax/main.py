@@ -6,8 +6,11 @@
 
 import argparse
 import ast
+import contextlib
 import difflib
+import functools
 import importlib.resources
+import operator
 import os
 import runpy
 import sys
@@ -24,7 +27,7 @@ from ralenet_jax.train import Interrupted, NonFiniteLoss
 def _config_file(name: str) -> Path:
     """The file of a configuration given as a path or as the name of one that comes with the package."""
     packaged = importlib.resources.files("configs") / f"{name}.py"
-    if not Path(name).exists() and packaged.is_file():
+    if not Path(name).is_file() and packaged.is_file():
         return Path(str(packaged))
     if not Path(name).is_file():
         files = (path.name for path in importlib.resources.files("configs").iterdir())
@@ -43,13 +46,29 @@ def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
     module = runpy.run_path(str(path))
     if "get_config" not in module:
         raise UserError(f"{path} has no get_config(); see configs/ralenet.py for what a configuration file holds")
-    return override(module["get_config"](), overrides)
+    return override(module["get_config"]().lock(), overrides)
+
+
+def saved_config(workdir: str, overrides: list[str] = ()) -> ConfigDict:
+    """The configuration of the run in `workdir` with overrides applied.
+
+    Raises:
+        UserError: as `load_config`, or for a folder without a run of this version.
+    """
+    config = load_config("ralenet")  # for the types: JSON tells neither a tuple nor what may stand in place of None
+    try:
+        config.update(checkpoint.read_config(workdir).to_dict())
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"the configuration in {workdir} is not of this version ({error.args[0]}); train anew"
+        ) from error
+    return override(config, overrides)
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
     keys = []
     for key in config:
-        is_section = isinstance(config.get_ref(key).get(), ConfigDict)
+        is_section = isinstance(config[key], ConfigDict)
         keys += _keys(config[key], f"{prefix}{key}.") if is_section else [prefix + key]
     return keys
 
@@ -64,13 +83,23 @@ def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
             raise UserError(f"unknown configuration key {key!r}; the nearest known one is {nearest!r}")
         if not equals:
             raise UserError(f"configuration key {key!r} has no value; write --config.{key}=VALUE")
+        *sections, leaf = key.split(".")
+        section = functools.reduce(operator.getitem, sections, config)
+        expected = section.get_type(leaf)
         try:
-            config.update_from_flattened_dict({key: _parse(value)})
+            parsed = _parse(value)
+            # ConfigDict would take None for anything, and True for a number.
+            if (parsed is None and not _may_be_none(key)) or (isinstance(parsed, bool) and expected is not bool):
+                raise TypeError
+            section[leaf] = parsed
         except (TypeError, ValueError) as error:
-            section, _, leaf = key.rpartition(".")
-            expected = (config[section] if section else config).get_type(leaf).__name__
-            raise UserError(f"{key}={value!r} is not of the expected type {expected}") from error
+            raise UserError(f"{key}={value!r} is not of the expected type {expected.__name__}") from error
     return config
+
+
+def _may_be_none(key: str) -> bool:
+    default = load_config("ralenet")
+    return key in _keys(default) and functools.reduce(operator.getitem, key.split("."), default) is None
 
 
 def _parse(value: str):
@@ -117,11 +146,14 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def use_all_cores() -> None:
-    """On a CPU makes one host device for each core, unless the environment already says how many."""
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "") and not os.environ.get(
-        "JAX_NUM_CPU_DEVICES"
-    ):
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    """On a CPU makes one host device for each core, unless it is already settled how many there are."""
+    said = jax.config.jax_num_cpu_devices > 0  # by the environment too: JAX_NUM_CPU_DEVICES
+    if said or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Too late where this process has used JAX before: then its devices are what there is.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", cores)
 
 
 def _run(argv: list[str]) -> None:
@@ -130,7 +162,7 @@ def _run(argv: list[str]) -> None:
     if arguments.mode == "train":
         train.train(load_config(arguments.config, overrides), arguments.workdir)
     else:
-        config = override(checkpoint.read_config(arguments.workdir), overrides)
+        config = saved_config(arguments.workdir, overrides)
         evaluate.evaluate(config, arguments.workdir, arguments.checkpoint, arguments.split)
 
 

@@ -128,6 +128,11 @@ def build_eval_step(model, protocol: str, devices: Sequence[jax.Device]) -> Call
     return _pmap(functools.partial(eval_step, model, protocol), devices, (None, 0, None))
 
 
+def replicated(devices: Sequence[jax.Device]) -> NamedSharding:
+    """The placement of what is whole on every device."""
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
+
+
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     """Places a pytree whole on every device."""
-    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))
+    return jax.device_put(tree, replicated(devices))

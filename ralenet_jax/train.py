@@ -167,6 +167,8 @@ def _check(config: ConfigDict) -> None:
     for key in ("epochs", "steps_per_dispatch", "eval_every", "checkpoint_every"):
         if config.train[key] < 1:
             raise UserError(f"train.{key} is {config.train[key]}; expected 1 or more")
+    if min(config.seed, config.data.seed) < 0:
+        raise UserError(f"seed is {config.seed} and data.seed {config.data.seed}; expected 0 or more")
 
 
 def _greeting(run: _Run, workdir: str | Path, step: int) -> str:

@@ -29,7 +29,7 @@ class Writer:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self._path)
         self._lines = self._path.open("a")
-        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1 if kept else None)
+        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> "Writer":
         return self

@@ -25,7 +25,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        """x of any shape → the same shape; with `train` the collection "batch_stats" has to be mutable."""
+        """Any shape → the same shape; with `train` the collection "batch_stats" has to be mutable."""
         channel_axis = self.channel_axis % x.ndim
         axes = [axis for axis in range(x.ndim) if axis != channel_axis]
         channels = (x.shape[channel_axis],)
