@@ -186,7 +186,7 @@ def _write_mitdb(folder: Path, seed: int) -> list[str]:
         wfdb.wrann(
             record,
             "atr",
-            np.concatenate([[18], peaks]),
+            np.concatenate([[0], peaks]),
             ["+", *symbols],
             aux_note=["(N", *[""] * len(peaks)],
             write_dir=str(folder),
@@ -204,7 +204,7 @@ def _two_leads(patient: _Patient, seconds: float) -> tuple[np.ndarray, np.ndarra
     strip = [patient.lead(13, heights, _VENTRICULAR_WIDTHS) for heights in _VENTRICULAR_HEIGHTS.values()]
     strip = np.stack(strip, axis=1) * amplitudes * rng.uniform(1.0, 1.4)
     symbols = _put_ventricular_beats(signal, peaks, strip, rng, share=rng.uniform(0.02, 0.1))
-    # Breathing moves the heart: all waves grow and shrink by a few per cent, a few times a minute.
+    # Breathing moves the heart: all waves grow and shrink by a few per cent with every breath.
     breath = 2 * np.pi * (rng.uniform(0.2, 0.3) * np.arange(len(signal)) / rate + rng.uniform())
     return signal * (1 + rng.uniform(0.02, 0.06) * np.sin(breath))[:, None], peaks, symbols
 
