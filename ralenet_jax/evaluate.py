@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ralenet_jax import checkpoint, input_pipeline, noise, optim, provenance, steps
+from ralenet_jax import checkpoint, heartbeats, input_pipeline, noise, optim, provenance, steps
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
 
@@ -96,7 +96,7 @@ def restore_state(config: ConfigDict, workdir: str | Path, devices: list[jax.Dev
 
 def _conditions(config: ConfigDict) -> list[tuple[str, float, float | None]]:
     kinds = noise.parse_kinds(config.eval.kinds) if config.eval.kinds else (config.noise.kind,)
-    if not all(isinstance(snr, int | float) for snr in config.eval.snr_db):
+    if not all(type(snr) in (int, float) for snr in config.eval.snr_db):
         raise UserError(f"eval.snr_db is {tuple(config.eval.snr_db)}; expected numbers, in dB")
     if config.eval.snr_db:
         return [(kind, float(snr), None) for kind in kinds for snr in config.eval.snr_db]
@@ -112,6 +112,7 @@ def evaluate(
     workdir: str | Path,
     which: str = "last",
     split: str = "test",
+    records: str | Path | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluates a trained run on a split ("test" or "validation") and writes `evaluation.json` into its work directory.
@@ -121,15 +122,19 @@ def evaluate(
         workdir: the run's work directory.
         which: the "last" checkpoint, the "best" by validation SNR, or the number of a step.
         split: "test" or "validation".
+        records: folder of the WFDB recordings that the windows are from; given, R peaks are also detected in the whole
+            recordings, clean, noisy and denoised (honest protocol only).
         log: takes lines of text.
 
     Returns:
-        {"conditions": {"bw@-4": {"denoised": {…}, "noisy": {…}}}, "checkpoint": step, "units": …, "provenance": …}.
+        {"conditions": {"bw@-4": {"denoised": {…}, "noisy": {…}}}, "heartbeats": {…} or None, "checkpoint": step, …}.
 
     Raises:
         UserError: for a missing run, checkpoint or shard set, or an unknown condition.
     """
     conditions = _conditions(config)
+    if records is not None:
+        _check_recordings(config, conditions, records)
     devices = choose_devices(config)
     model, state = restore_state(config, workdir, devices, which)
     windows = input_pipeline.read_split(config, split)
@@ -147,12 +152,46 @@ def evaluate(
         "checkpoint": int(state.step),
         "units": "z-scored" if config.protocol == "paper" else "mV",
         "parameters": train_state.count_parameters(state.params),
+        "heartbeats": None,
         "provenance": provenance.describe(config, len(devices)),
     }
-    checkpoint.write_json(Path(workdir) / RESULT, result)
     log(format_table(result))
+    if records is not None:
+        names = sorted(set(windows.record.tolist()))
+        result["heartbeats"] = _heartbeats(config, model, state, split, records, names, conditions, log)
+    checkpoint.write_json(Path(workdir) / RESULT, result)
     log(f"written to {Path(workdir) / RESULT}")
     return result
+
+
+def _check_recordings(config: ConfigDict, conditions: list[tuple], records: str | Path) -> None:
+    if not Path(records).is_dir():
+        raise UserError(f"--records {records} is no folder; name the one with the .hea, .dat and .atr files")
+    if config.protocol != "honest":
+        raise UserError(f"--records needs a run of the honest protocol, this one is {config.protocol!r}; leave it out")
+    if any("," in kinds or high is not None for kinds, _, high in conditions):
+        raise UserError("whole recordings take one kind of noise and one SNR at a time; set eval.kinds and eval.snr_db")
+
+
+def _heartbeats(config, model, state, split, records, names, conditions, log) -> dict[str, dict[str, float]]:
+    """R-peak F1 of whole recordings, `heartbeats.evaluate_recordings` with this model and this split's noise."""
+    recordings = input_pipeline.read_noise(config)
+    start, end = input_pipeline.noise_span(config, split, recordings.shape[1])
+    apply = jax.jit(model.apply)
+    variables = jax.device_get(state.variables)
+    found = heartbeats.evaluate_recordings(
+        lambda noisy: np.asarray(apply(variables, noisy)),
+        records,
+        names,
+        recordings[:, start:end],
+        [(kind, snr_db) for kind, snr_db, _ in conditions],
+        input_pipeline.window_shape(config)[0],
+        log,
+    )
+    for name, scores in found.items():
+        parts = ", ".join(f"{part} {scores[part]:.4f}" for part in ("clean", "noisy", "denoised"))
+        log(f"{name}: R-peak F1 within 150 ms: {parts} ({scores['recordings']} whole recordings)")
+    return found
 
 
 def format_table(result: dict[str, Any]) -> str:

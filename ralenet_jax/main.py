@@ -59,9 +59,8 @@ def saved_config(workdir: str, overrides: list[str] = ()) -> ConfigDict:
     try:
         config.update(checkpoint.read_config(workdir).to_dict())
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"the configuration in {workdir} is not of this version ({error.args[0]}); train anew"
-        ) from error
+        reason = str(error.args[0]).splitlines()[0].partition(". ")[0]
+        raise UserError(f"the configuration in {workdir} is not of this version ({reason}); train anew") from error
     return override(config, overrides)
 
 
@@ -126,6 +125,9 @@ def _parser(mode: str) -> argparse.ArgumentParser:
     else:
         parser.add_argument("--checkpoint", default="last", help="last, best or the number of a step (default: last)")
         parser.add_argument("--split", default="test", choices=("test", "validation"), help="windows to evaluate on")
+        parser.add_argument(
+            "--records", help="folder of the WFDB recordings: detect R peaks in whole ones too (slow)"
+        )
     return parser
 
 
@@ -163,7 +165,7 @@ def _run(argv: list[str]) -> None:
         train.train(load_config(arguments.config, overrides), arguments.workdir)
     else:
         config = saved_config(arguments.workdir, overrides)
-        evaluate.evaluate(config, arguments.workdir, arguments.checkpoint, arguments.split)
+        evaluate.evaluate(config, arguments.workdir, arguments.checkpoint, arguments.split, arguments.records)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,8 @@ from ralenet_jax.errors import UserError
 
 RECORDINGS = ("bw", "ma", "em")
 # Which recordings a kind of noise is the sum of.
-KINDS = {"bw": (1, 0, 0), "ma": (0, 1, 0), "em": (0, 0, 1), "emb": (1, 1, 1)}
+# A denoiser should leave alone what has "none".
+KINDS = {"bw": (1, 0, 0), "ma": (0, 1, 0), "em": (0, 0, 1), "emb": (1, 1, 1), "none": (0, 0, 0)}
 PROTOCOLS = ("paper", "honest")
 # Windows without any power (a lead that is off) stay as they are instead of being divided by zero.
 _TINY = 1e-12

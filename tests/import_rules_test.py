@@ -49,9 +49,9 @@ def imported(tree: ast.AST, modules=FILES) -> set[str]:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 found.add(whole if whole in modules or whole == "ralenet_jax.__version__" else node.module)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in modules:
-            found.add(node.value)
-    return found - set(PACKAGES[1:])  # a bare folder name is also a word
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+            found |= {node.value} & set(modules)
+    return found
 
 
 def allowed(module: str, target: str, table=TABLE) -> bool:
@@ -103,9 +103,9 @@ from ralenet_jax.state import create
 from data_prep import physionet
 def main():
     import optax
-    return importlib.import_module("ralenet_jax.train"), "ralenet_jax.train is a sentence"
+    return importlib.import_module("ralenet_jax.train"), "ralenet_jax.train is a sentence", "configs"
 """
-    modules = {f"ralenet_jax.{name}" for name in ("noise", "state", "train")} | {"data_prep.physionet"}
+    modules = {f"ralenet_jax.{name}" for name in ("noise", "state", "train")} | {"data_prep.physionet", "configs"}
     ours = {"ralenet_jax.__version__", "ralenet_jax.noise", "ralenet_jax.state", "ralenet_jax.train"}
     assert imported(ast.parse(code), modules) == ours | {"flax.linen", "data_prep.physionet", "optax"}
     table = read_table("```imports\ntrain → steps, data_prep.prepare\nmodels/* → models/batch_norm\n```\n")
@@ -117,5 +117,6 @@ def main():
     assert not allowed("ralenet_jax.models.unet", "ralenet_jax.noise", table)
     assert not allowed("data_prep.windows", "ralenet_jax.errors", table)
     assert not allowed("configs.demo", "data_prep.simulate", table)
+    assert not allowed("ralenet_jax.train", "ralenet_jax", table)
     with pytest.raises(AssertionError, match="relative"):
         imported(ast.parse("from . import noise"))

@@ -16,7 +16,7 @@ _BATCH = 8
 
 
 class _Small(nn.Module):
-    """Compiles in a moment; what RA-LENet shares with other models: a convolution and a normalisation over the batch."""
+    """Compiles in a moment; has what can go wrong over devices: a normalisation over the batch."""
 
     axis_name: str | None = None
 
@@ -26,7 +26,7 @@ class _Small(nn.Module):
 
 
 class _Setup:
-    """A small batch, noise, model and optimiser (SGD: Adam amplifies rounding) with their first state, as host arrays."""
+    """A batch, noise, a model and its optimiser (SGD: Adam amplifies rounding) with the first state, as host arrays."""
 
     def __init__(self, model):
         rng = np.random.default_rng(0)

@@ -73,9 +73,9 @@ def _spread(bias, starts, start, length):
     """The bias `[H, W, W]` on the map of all logits, zero elsewhere: `[H, 1 or B, L, L]`."""
     window = bias.shape[1]
     if starts is None:
-        low, high = _cut(start, window, length)
-        inside = bias[:, low - start : high - start, low - start : high - start]
-        return jnp.pad(inside, ((0, 0), (low, length - high), (low, length - high)))[:, None]
+        first, end = _cut(start, window, length)
+        margin = (start + first, length - start - end, 0)
+        return jax.lax.pad(bias[:, first:end, first:end], 0.0, [(0, 0, 0), margin, margin])[:, None]
     inside = _inside(starts, window, length)
     return jnp.einsum("biw,hwv,bjv->hbij", inside, bias, inside)
 
@@ -84,17 +84,18 @@ def _gather(d_logits, starts, start, window):
     """The gradient of the bias `[H, W, W]` from that of the logits `[H, B, L, L]`: what `_spread` did, backwards."""
     length = d_logits.shape[-1]
     if starts is None:
-        low, high = _cut(start, window, length)
-        outside = (low - start, start + window - high)
-        return jnp.pad(d_logits[:, :, low:high, low:high].sum(1), ((0, 0), outside, outside))
+        first, end = _cut(start, window, length)
+        seen = slice(start + first, start + end)
+        outside = (first, window - end)
+        return jnp.pad(d_logits[:, :, seen, seen].sum(1), ((0, 0), outside, outside))
     inside = _inside(starts, window, length)
     return jnp.einsum("biw,hbij,bjv->hwv", inside, d_logits, inside)
 
 
 def _cut(start, window, length):
-    """The part of the window that lies on the samples: first, and one past the last."""
-    low = min(max(start, 0), length)
-    return low, max(min(start + window, length), low)
+    """The places of the window that lie on samples: the first, and one past the last."""
+    first = min(max(-start, 0), window)
+    return first, max(min(length - start, window), first)
 
 
 def _inside(starts, window, length):

@@ -27,7 +27,7 @@ class BatchNorm(nn.Module):
     def __call__(self, x, train=False):
         """Any shape → the same shape; with `train` the collection "batch_stats" has to be mutable."""
         channel_axis = self.channel_axis % x.ndim
-        axes = [axis for axis in range(x.ndim) if axis != channel_axis]
+        axes = tuple(axis for axis in range(x.ndim) if axis != channel_axis)
         channels = (x.shape[channel_axis],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels)

@@ -1,0 +1,74 @@
+"""The attention and its gradient against a plain twin, and against numbers worked by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ralenet_jax.models.attention import attend
+
+HEADS, BATCH, HEAD_DIM, LENGTH, WINDOW = 2, 3, 4, 24, 8
+
+
+def plain(query, key, value, bias, starts):
+    """Attention as the paper writes it, differentiated by JAX; each logit looks its bias up."""
+    place = np.arange(LENGTH) - np.array(starts)[:, None]  # [B, L]
+    inside = (place >= 0) & (place < WINDOW)
+    place = place.clip(0, WINDOW - 1)
+    both = inside[:, :, None] & inside[:, None]
+    on_map = jnp.where(both[None], bias[:, place[:, :, None], place[:, None]], 0.0)
+    logits = jnp.einsum("hbdi,hbdj->hbij", query, key) + on_map
+    return jnp.einsum("hbij,hbdj->hbdi", jax.nn.softmax(logits, -1), value)
+
+
+def inputs():
+    random = np.random.default_rng(0)
+    features = [random.standard_normal((HEADS, BATCH, HEAD_DIM, LENGTH)) for _ in range(3)]
+    bias = random.standard_normal((HEADS, WINDOW, WINDOW))
+    return [jnp.asarray(array, jnp.float32) for array in (*features, bias)]
+
+
+def assert_same_with_gradients(ours, twin, arguments):
+    weight = jnp.cos(jnp.arange(HEADS * BATCH * HEAD_DIM * LENGTH)).reshape(HEADS, BATCH, HEAD_DIM, LENGTH)
+    np.testing.assert_allclose(jax.jit(ours)(*arguments), jax.jit(twin)(*arguments), atol=2e-6)
+    every = tuple(range(len(arguments)))
+    our_gradients, twin_gradients = (
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(weight * f(*a)), every))(*arguments) for f in (ours, twin)
+    )
+    for our_gradient, twin_gradient in zip(our_gradients, twin_gradients, strict=True):
+        np.testing.assert_allclose(our_gradient, twin_gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [8, 0, -3, 20, -9, 30], ids=lambda start: f"start{start}")
+def test_fixed_window_agrees_with_twin(start):
+    ours = lambda *arguments: attend(*arguments, start)  # noqa: E731
+    assert_same_with_gradients(ours, lambda *arguments: plain(*arguments, [start] * BATCH), inputs())
+
+
+def test_windows_of_each_example_agree_with_twin():
+    starts = [8, -3, 20]
+    ours = lambda *arguments: attend(*arguments, jnp.array(starts))  # noqa: E731
+    assert_same_with_gradients(ours, lambda *arguments: plain(*arguments, starts), inputs())
+
+
+def test_no_bias_agrees_with_twin():
+    *features, bias = inputs()
+    assert_same_with_gradients(attend, lambda *features: plain(*features, 0 * bias, [0] * BATCH), features)
+
+
+def test_weights_worked_by_hand():
+    zeros = jnp.zeros((1, 1, 1, 4))
+    value = jnp.array([1.0, 2.0, 4.0, 9.0]).reshape(1, 1, 1, 4)
+    # Query 1 sees key 2 three times as strongly: (1 + 2 + 3·4 + 9) / 6 = 4; the others see the mean, 4.
+    bias = jnp.array([[[0.0, jnp.log(3.0)], [0.0, 0.0]]])
+    expected = np.full((1, 1, 1, 4), 4.0)
+    np.testing.assert_allclose(attend(zeros, zeros, value, bias, 1), expected, rtol=1e-6)
+    # With key 3 instead of key 2 in the window's second place, query 2 does: (1 + 2 + 4 + 3·9) / 6.
+    expected[..., 2] = 34 / 6
+    np.testing.assert_allclose(attend(zeros, zeros, value, bias, 2), expected, rtol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    query = jnp.full((1, 1, 1, 2), 1e3)
+    key, value = jnp.array([[[[1.0, -1.0]]]]), jnp.array([[[[5.0, 7.0]]]])
+    np.testing.assert_allclose(attend(query, key, value), [[[[5.0, 5.0]]]])

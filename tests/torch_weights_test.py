@@ -1,0 +1,83 @@
+"""Published weights: names, layouts, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ralenet_jax.errors import UserError
+from ralenet_jax.models import build_model
+from ralenet_jax.torch_weights import from_state_dict, to_state_dict
+
+NAMES = ("ralenet", "ralenet_mlp", "ralenet_nra")
+
+
+def random_variables(name):
+    shapes = jax.eval_shape(build_model(name).init, jax.random.key(0), jnp.zeros((1, 256, 2)))
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(np.float32), shapes)
+
+
+def assert_same_tree(ours, expected):
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip_from_our_variables(name):
+    variables = random_variables(name)
+    assert_same_tree(from_state_dict(name, to_state_dict(name, variables)), variables)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip_from_published_weights(name, shared):
+    data = np.load(shared / "parity" / f"{name}.npz")
+    published = {key.removeprefix("state_dict/"): data[key] for key in data.files if key.startswith("state_dict/")}
+    assert_same_tree(to_state_dict(name, from_state_dict(name, published)), published)
+
+
+def test_layouts_by_hand():
+    weights = to_state_dict("ralenet", random_variables("ralenet"))
+    variables = from_state_dict("ralenet", weights)
+    params = variables["params"]
+    stem = weights["conv1.0.weight"]  # [out, in, width]
+    assert params["stem"]["kernel"][2, 1, 5] == stem[5, 1, 2]
+    expand = weights["dtransformer1.blocks.1.mlp.fc1.weight"]  # [out, in]
+    assert params["encoder0_1"]["feed_forward"]["expand"]["kernel"][3, 20] == expand[20, 3]
+    np.testing.assert_array_equal(variables["batch_stats"]["stem_norm"]["var"], weights["conv1.2.running_var"])
+    table = weights["rwattn4.relative_position_bias_table"]
+    np.testing.assert_array_equal(params["r_wave3"]["table"], table)
+
+
+def test_block_names_of_the_variant_without_r_wave_attention():
+    keys = to_state_dict("ralenet_nra", random_variables("ralenet_nra"))
+    assert "utranformer3.1.attn.proj.weight" in keys
+    assert not any("blocks" in key or "rwattn" in key for key in keys)
+
+
+def test_bookkeeping_of_real_checkpoints_is_ignored():
+    variables = random_variables("ralenet")
+    weights = to_state_dict("ralenet", variables)
+    weights["conv1.2.num_batches_tracked"] = np.array(7)
+    weights["rwattn1.relative_position_index"] = np.zeros((32, 32), int)
+    assert_same_tree(from_state_dict("ralenet", weights), variables)
+
+
+def test_wrong_weights_are_refused_by_name():
+    weights = to_state_dict("ralenet", random_variables("ralenet"))
+    lacking = {key: value for key, value in weights.items() if key != "pm3.norm.bias"}
+    with pytest.raises(UserError, match=r"missing: pm3\.norm\.bias"):
+        from_state_dict("ralenet", lacking)
+    with pytest.raises(UserError, match=r"unknown: pm5\.norm\.bias"):
+        from_state_dict("ralenet", weights | {"pm5.norm.bias": weights["pm3.norm.bias"]})
+    with pytest.raises(UserError, match=r"'conv1\.0\.weight' has shape \[8, 3, 2\].*expects \[8, 2, 3\]"):
+        from_state_dict("ralenet", weights | {"conv1.0.weight": weights["conv1.0.weight"].transpose(0, 2, 1)})
+    with pytest.raises(UserError, match="missing: dtransformer1.0.*unknown: dtransformer1.blocks.0"):
+        from_state_dict("ralenet_nra", weights)
+    with pytest.raises(UserError, match="no published weights"):
+        from_state_dict("ralnet", weights)
+
+
+def test_variables_of_another_model_are_refused():
+    with pytest.raises(UserError, match="params/r_wave0/table"):
+        to_state_dict("ralenet_nra", random_variables("ralenet"))
