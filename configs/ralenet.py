@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.num_train = 8_000
 
     config.noise = ml_collections.ConfigDict()
-    # "bw", "ma", "em", or "emb" (the sum of all three); several with commas: drawn anew for each window.
+    # "bw", "ma", "em", "emb" (the sum of all three) or "none"; several with commas: drawn anew for each window.
     config.noise.kind = "bw"
     # Signal-to-noise ratio of the noisy window, dB.
     config.noise.snr_db = -4.0

@@ -16,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ralenet_jax.errors import UserError
 
+STARTS = "starts.json"
 _METRIC = "snr_db"
 # What may differ between a run and its continuation: where the data lies, what it runs on, how long, how it is tested.
 _MAY_CHANGE = ("data.dir", "num_devices", "train.epochs", "train.eval_every", "train.checkpoint_every", "eval.")
@@ -48,6 +49,15 @@ def read_config(workdir: str | Path) -> ConfigDict:
         raise UserError(f"no run in {workdir} (no config.json); name the --workdir of a training run") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not readable as JSON ({error}); restore it, or start in a new --workdir") from None
+
+
+def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
+    """What the run in `workdir` was started and resumed with: a step and a provenance each; none where nothing is."""
+    path = Path(workdir) / STARTS
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} is not readable as JSON ({error}); delete it to go on without") from error
 
 
 def claim(workdir: str | Path, config: ConfigDict) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ralenet_jax import checkpoint, heartbeats, input_pipeline, noise, optim, provenance, steps
+from ralenet_jax import checkpoint, heartbeats, input_pipeline, noise, optim, provenance, steps, writer
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
 
@@ -127,7 +127,8 @@ def evaluate(
         log: takes lines of text.
 
     Returns:
-        {"conditions": {"bw@-4": {"denoised": {…}, "noisy": {…}}}, "heartbeats": {…} or None, "checkpoint": step, …}.
+        What the file holds: "conditions" ({"bw@-4": {"denoised": {…}, "noisy": {…}}}), "heartbeats" (None without
+        `records`), "learning_curve", "checkpoint" (its step), "provenance" and more.
 
     Raises:
         UserError: for a missing run, checkpoint or shard set, or an unknown condition.
@@ -153,6 +154,8 @@ def evaluate(
         "units": "z-scored" if config.protocol == "paper" else "mV",
         "parameters": train_state.count_parameters(state.params),
         "heartbeats": None,
+        "learning_curve": _learning_curve(workdir),
+        "trained_from": checkpoint.read_starts(workdir),
         "provenance": provenance.describe(config, len(devices)),
     }
     log(format_table(result))
@@ -162,6 +165,13 @@ def evaluate(
     checkpoint.write_json(Path(workdir) / RESULT, result)
     log(f"written to {Path(workdir) / RESULT}")
     return result
+
+
+def _learning_curve(workdir: str | Path) -> list[dict[str, float]]:
+    """The validations of the run in `workdir`: epoch, SNR in dB and RMSE of each."""
+    names = ("epoch", "snr_db", "rmse")
+    lines = [line for line in writer.read_history(workdir) if "validation/epoch" in line]
+    return [{name: line[f"validation/{name}"] for name in names} for line in lines]
 
 
 def _check_recordings(config: ConfigDict, conditions: list[tuple], records: str | Path) -> None:

@@ -125,9 +125,7 @@ def _parser(mode: str) -> argparse.ArgumentParser:
     else:
         parser.add_argument("--checkpoint", default="last", help="last, best or the number of a step (default: last)")
         parser.add_argument("--split", default="test", choices=("test", "validation"), help="windows to evaluate on")
-        parser.add_argument(
-            "--records", help="folder of the WFDB recordings: detect R peaks in whole ones too (slow)"
-        )
+        parser.add_argument("--records", help="folder of the WFDB recordings: detect R peaks in whole ones too (slow)")
     return parser
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ralenet_jax import checkpoint, evaluate, input_pipeline, optim, steps
+from ralenet_jax import checkpoint, evaluate, input_pipeline, optim, provenance, steps
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
 from ralenet_jax.writer import Writer
@@ -140,7 +140,8 @@ class _Run:
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir` until its last epoch.
 
-    Writes config.json, metrics.jsonl, TensorBoard events and Orbax checkpoints there.
+    Writes config.json, starts.json (what it was started and resumed with), metrics.jsonl, TensorBoard events and Orbax
+    checkpoints there.
 
     Returns:
         {"step": last step, "validation": its measures, or None if the run was finished before}.
@@ -157,10 +158,17 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         step = saved.latest_step or 0
         if step:
             run.state = saved.restore(run.state)
+        if step < run.total_steps:
+            _note_start(run, workdir, step)
         bar = _Progress(step, run.total_steps, run.epoch_steps, run.batch_size)
         with Writer(workdir, step) as writer, bar as progress:
             progress.line(_greeting(run, workdir, step))
             return _loop(run, saved, stop, writer, progress, step)
+
+
+def _note_start(run: _Run, workdir: str | Path, step: int) -> None:
+    start = {"step": step} | provenance.describe(run.config, len(run.devices))
+    checkpoint.write_json(Path(workdir) / checkpoint.STARTS, [*checkpoint.read_starts(workdir), start])
 
 
 def _check(config: ConfigDict) -> None:

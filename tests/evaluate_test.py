@@ -109,6 +109,7 @@ def test_result_file_tells_where_it_came_from(paper, run, data_dir):
     assert json.loads((run / "evaluation.json").read_text()) == result
     assert (result["split"], result["checkpoint"], result["units"]) == ("test", 8, "z-scored")
     assert result["parameters"] == 1
+    assert result["learning_curve"] == [] and result["trained_from"] == []  # nothing but a checkpoint was made here
     origin = result["provenance"]
     assert origin["config"]["eval"]["kinds"] == "bw,em"
     assert origin["versions"]["jax"] == jax.__version__
@@ -150,6 +151,32 @@ def test_honest_evaluation_is_in_millivolts_on_records_of_its_own(data_dir, run,
     centred = windows.millivolts() - windows.millivolts().mean(1, keepdims=True)
     rms = np.mean(np.sqrt(np.mean(centred.astype(np.float64) ** 2, (1, 2))))
     assert rms * 10 ** (-4 / 20) < rows["noisy"]["rmse"] < rms * 10 ** (4 / 20)
+
+
+def test_whole_recordings_are_searched_for_heartbeats(data_dir, run, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    config = configure(data_dir, "protocol=honest", "eval.kinds=none,ma", "eval.snr_db=(-10.0,)")
+    recordings = data_dir.parent / "simulated" / "mitdb" / "1.0.0"
+    result = evaluate.evaluate(config, tmp_path, records=recordings, log=lambda line: None)
+    none, strong = result["heartbeats"]["none@-10"], result["heartbeats"]["ma@-10"]
+    assert none["recordings"] == strong["recordings"] == 3  # 100, 103 and 105, whose windows test
+    assert none["noisy"] == none["clean"] == strong["clean"] > 0.9
+    assert strong["noisy"] < strong["clean"] - 0.02
+    # Half of the signal has the heartbeats of the whole.
+    assert none["denoised"] == pytest.approx(none["clean"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder", "said"),
+    [
+        ((), "", "needs a run of the honest protocol"),
+        (("protocol=honest", "noise.snr_db_high=4"), "", "one SNR at a time"),
+        (("protocol=honest",), "nothing", "is no folder"),
+    ],
+)
+def test_recordings_that_cannot_be_searched_are_refused(data_dir, run, tmp_path, overrides, folder, said):
+    with pytest.raises(UserError, match=said):
+        evaluate.evaluate(configure(data_dir, *overrides), run, records=tmp_path / folder)
 
 
 def test_example_windows_under_the_honest_protocol_are_centred_millivolts(data_dir, run):

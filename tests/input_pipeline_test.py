@@ -1,5 +1,6 @@
 import functools
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -85,6 +86,23 @@ def test_noise_is_the_recordings_in_millivolts(data_dir, source):
     assert noise.RECORDINGS == ("bw", "ma", "em")
     assert recordings.dtype == np.float32
     np.testing.assert_allclose(recordings, np.stack(expected), rtol=1e-6, atol=1e-7)
+
+
+def test_noise_has_gains_and_baselines_and_is_cut_to_the_shortest(monkeypatch):
+    gain, baseline = np.array([200, 100], np.float32), np.array([0, -50], np.int32)
+    signals = {
+        "bw": [[200, 50], [0, 0], [7, 7]],
+        "em": [[400, 150], [-200, -150]],
+        "ma": [[-400, -250], [0, 50], [9, 9]],
+    }
+    examples = {
+        name: [{"signal": np.array(signal, np.int16), "gain": gain, "baseline": baseline}]
+        for name, signal in signals.items()
+    }
+    builder = types.SimpleNamespace(info=types.SimpleNamespace(splits=examples), as_data_source=examples.get)
+    monkeypatch.setattr(input_pipeline, "open_shards", lambda data_dir, name: builder)
+    expected = [[[1, 1], [0, 0.5]], [[-2, -2], [0, 1]], [[2, 2], [-1, -1]]]  # bw, ma, em
+    np.testing.assert_allclose(input_pipeline.read_noise(ralenet.get_config()), expected)
 
 
 def test_validation_records_are_those_of_the_protocol():

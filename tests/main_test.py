@@ -176,12 +176,13 @@ def test_evaluate_gets_the_run_s_own_configuration(called, tmp_path):
     trained = main.load_config("honest", ["noise.kind=em", "eval.snr_db=1.0,", "model.r_wave_attention=False"])
     checkpoint.claim(tmp_path, trained)
     assert main.main(["--mode=evaluate", f"--workdir={tmp_path}"]) == 0
-    assert called[0] == ("evaluate", trained, str(tmp_path), "last", "test")
-    options = ["--checkpoint=best", "--split=validation", "--data-dir=elsewhere", "--config.eval.kinds=bw,ma"]
-    more = ["--config.eval.snr_db=-4,0", "--config.noise.snr_db_high=6"]
+    assert called[0] == ("evaluate", trained, str(tmp_path), "last", "test", None)
+    options = ["--checkpoint=best", "--split=validation", "--records=wfdb", "--data-dir=elsewhere"]
+    more = ["--config.eval.kinds=bw,ma", "--config.eval.snr_db=-4,0", "--config.noise.snr_db_high=6"]
     assert main.main(["--mode=evaluate", f"--workdir={tmp_path}", *options, *more]) == 0
-    _, config, _, which, split = called[1]
-    assert (which, split, config.data.dir, config.eval.kinds) == ("best", "validation", "elsewhere", "bw,ma")
+    _, config, *rest = called[1]
+    assert rest == [str(tmp_path), "best", "validation", "wfdb"]
+    assert (config.data.dir, config.eval.kinds) == ("elsewhere", "bw,ma")
     assert (config.eval.snr_db, config.noise.snr_db_high, config.noise.kind) == ((-4, 0), 6.0, "em")
     assert config.model.r_wave_attention is False
 

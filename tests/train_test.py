@@ -130,6 +130,12 @@ def test_finished_run_is_left_alone_and_may_be_prolonged(data_dir, tmp_path, cap
     assert (tmp_path / "metrics.jsonl").read_text() == before
     assert train.train(_config(data_dir, "train.epochs=2"), tmp_path)["step"] == 16
     assert "resuming at step 8" in capsys.readouterr().out
+    # The result tells how it was learned, and what the training was started and resumed with.
+    result = evaluate.evaluate(_config(data_dir, "train.epochs=2"), tmp_path, log=lambda line: None)
+    assert [point["epoch"] for point in result["learning_curve"]] == [1, 2]
+    assert result["learning_curve"][-1]["snr_db"] == pytest.approx(result["conditions"]["bw@-4"]["denoised"]["snr_db"])
+    assert [start["step"] for start in result["trained_from"]] == [0, 8]
+    assert result["trained_from"][0]["versions"]["jax"] == jax.__version__
 
 
 def test_workdir_of_another_configuration_is_refused(data_dir, tmp_path):
@@ -143,7 +149,7 @@ def test_workdir_of_another_configuration_is_refused(data_dir, tmp_path):
     ("given", "said"),
     [
         ("train.epochs=0", "train.epochs is 0"),
-        ("train.batch_size=7", "batch of 7 windows does not divide by 2 devices"),
+        ("train.batch_size=0", "train.batch_size is 0; expected 1 to 64"),
         ("train.batch_size=66", "train.batch_size is 66; expected 1 to 64"),
         ("num_devices=3", "num_devices is 3; expected 0"),
         ("data.num_train=80", "data.num_train 80 of data.num_windows 80"),
