@@ -48,7 +48,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {"source": str(self.DATABASE), "checksums": self.copy.checksums, "revision": self.REVISION}
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        info = tfds.core.DatasetInfo(
             builder=self,
             description=self.DESCRIPTION,
             features=tfds.features.FeaturesDict(self.FEATURES),
@@ -58,6 +58,8 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             metadata=tfds.core.MetadataDict(self.provenance()),
             disable_shuffling=True,  # with integer keys: the order they are yielded in
         )
+        info.initialize_from_bucket = lambda: None  # TFDS's bucket has nothing of ours; it leaves a temporary folder
+        return info
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         self._digest = Digest()

@@ -38,7 +38,8 @@ def _attend(query, key, value, bias, starts, start):
 def _forward(query, key, value, bias, starts, start):
     logits = _transpose(query) @ key
     if bias is not None:
-        logits += _spread(bias, starts, start, length=logits.shape[-1])
+        # Behind the barrier the bias stays one map for the whole batch; XLA would write a copy for each example.
+        logits += jax.lax.optimization_barrier(_spread(bias, starts, start, length=logits.shape[-1]))
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     scale = 1 / weights.sum(-1, keepdims=True)
     out = _transpose((weights @ _transpose(value)) * scale)
