@@ -41,14 +41,19 @@ def _version(package: str) -> str | None:
 
 
 def describe(config: ConfigDict, num_devices: int) -> dict[str, Any]:
-    """What made a result: configuration, revision, versions, devices, and the checksums of the data."""
+    """What made a result: configuration, revision, versions, devices, and the checksums of the data.
+
+    The data is told by its digest; the folder it lies in is the user's own affair.
+    """
+    settings = json.loads(config.to_json())
+    del settings["data"]["dir"]
     data = {}
     for name in ("mitdb", "nstdb"):
         builder = input_pipeline.open_shards(config.data.dir, name)
         data[name] = {"source": builder.info.metadata["source"], "digest": builder.info.metadata["digest"]}
     device = jax.devices()[0]
     return {
-        "config": json.loads(config.to_json()),
+        "config": settings,
         "revision": revision(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "device": {"kind": device.device_kind, "platform": device.platform, "count": num_devices},
