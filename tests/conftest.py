@@ -1,6 +1,7 @@
 """Settings and data that all tests share."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 # Before any backend starts: the tests see two CPU devices, whatever the machine.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A shell's background job is started deaf to Ctrl-C, and so would be the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A model is compiled once for all tests, those in processes of their own included.
 _CACHE = tempfile.TemporaryDirectory(prefix="ralenet_jax_tests_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
