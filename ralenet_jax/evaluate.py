@@ -209,10 +209,15 @@ def format_table(result: dict[str, Any]) -> str:
     columns = (*_COLUMNS, *_HEART_COLUMNS)
     rows = [("condition", "", *(name.removesuffix("_error") for name in columns))]
     for name, parts in result["conditions"].items():
-        rows += [(name, part, *(f"{parts[part][column]:.4g}" for column in columns)) for part in ("noisy", "denoised")]
+        rows += [(name, part, *(_rounded(parts[part][column]) for column in columns)) for part in ("noisy", "denoised")]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines) + f"\n(means over windows; amplitudes in {result['units']} units, prd in percent)"
+
+
+def _rounded(value: float) -> str:
+    # Rounding leaves 1e-8 dB where there is none; adding zero takes the sign from -0.
+    return f"{round(value, 6) + 0.0:.4g}"
 
 
 def example_windows(

@@ -94,6 +94,7 @@ def test_numbers_out_of_range_are_refused(argv):
         benchmark.main(argv)
 
 
+@pytest.mark.slow
 def test_a_short_run_with_a_peer(peer):
     options = ["--batch", "4", "--repeats", "2", "--seconds", "0.1", "--devices", "2", "--peer", f"{peer} --fast"]
     done = subprocess.run(
