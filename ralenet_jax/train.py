@@ -202,7 +202,7 @@ def _loop(run: _Run, saved, stop: _Stop, writer: Writer, progress: _Progress, st
         validation = _end_of_epoch(run, saved, writer, progress, step) or validation
         if stop.signal is not None:
             if saved.latest_step != step:
-                saved.save(run.state, None)
+                _save(run, saved, step, None)
             saved.wait()
             raise Interrupted(stop.signal, f"stopped at step {step}, saved; the same command goes on from there")
     saved.wait()
@@ -221,16 +221,26 @@ def _end_of_epoch(run: _Run, saved, writer: Writer, progress: _Progress, step: i
         writer.write(step, "validation", {"epoch": epoch} | validation)
         progress.line(f"epoch {epoch}: validation SNR {validation['snr_db']:.3f} dB, RMSE {validation['rmse']:.4f}")
     if last or epoch % run.config.train.checkpoint_every == 0:
-        saved.save(run.state, validation and validation["snr_db"])
+        _save(run, saved, step, validation and validation["snr_db"])
     progress.pause(step)
     return validation
+
+
+def _save(run: _Run, saved, step: int, snr_db: float | None) -> None:
+    """Saves the state, unless the last update spoiled it: the loss would tell of that only a step later."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(run.state.variables))):
+        raise NonFiniteLoss(_non_finite("a parameter is not finite", step, saved))
+    saved.save(run.state, snr_db)
 
 
 def _check_finite(losses: np.ndarray, first_step: int, saved) -> None:
     if np.all(np.isfinite(losses)):
         return
     bad = first_step + int(np.argmin(np.isfinite(losses)))
+    raise NonFiniteLoss(_non_finite(f"the loss is {losses[bad - first_step]}", bad, saved))
+
+
+def _non_finite(what: str, step: int, saved) -> str:
     good = saved.latest_step
     kept = "no checkpoint yet" if good is None else f"the last good checkpoint is of step {good} in {saved.directory}"
-    value = losses[bad - first_step]
-    raise NonFiniteLoss(f"the loss is {value} at step {bad}; {kept}; try a lower optim.learning_rate")
+    return f"{what} at step {step}; {kept}; try a lower optim.learning_rate"

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -121,6 +122,14 @@ def test_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(data_d
     assert "Traceback" not in err
     with checkpoint.Checkpointer(tmp_path) as saved:
         assert saved.latest_step is None
+
+
+def test_state_that_the_last_update_spoiled_is_not_saved():
+    saved = types.SimpleNamespace(latest_step=8, directory="checkpoints", save=lambda *_: pytest.fail("was saved"))
+    spoiled = {"params": {"kernel": jax.numpy.array([1.0, np.nan])}, "batch_stats": {}}
+    run = types.SimpleNamespace(state=types.SimpleNamespace(variables=spoiled))
+    with pytest.raises(train.NonFiniteLoss, match="at step 16; the last good checkpoint is of step 8"):
+        train._save(run, saved, 16, 1.0)
 
 
 def test_finished_run_is_left_alone_and_may_be_prolonged(data_dir, tmp_path, capsys):
