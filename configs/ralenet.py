@@ -63,8 +63,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Windows in one optimiser step, over all devices.
     config.train.batch_size = 32
     config.train.epochs = 100
-    # Optimiser steps in one dispatch to the devices, at most (the largest divisor of an epoch's steps is taken).
-    config.train.steps_per_dispatch = 10
+    # Optimiser steps in one dispatch to the devices, at most (an epoch is cut into even parts).
+    config.train.steps_per_dispatch = 50
     # Epochs between two validations, and between two checkpoints.
     config.train.eval_every = 1
     config.train.checkpoint_every = 1

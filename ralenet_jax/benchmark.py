@@ -1,108 +1,50 @@
-"""Windows per second: the real training step and inference, alone or in turns with a peer on the same machine.
+"""The command `ralenet benchmark`: what training, inference and the rest cost, alone or in turns with peers.
 
 Training is timed as `ralenet train` runs it: batches put together on the host, K scanned steps in one dispatch over
 all devices, noise mixed there, scalars fetched before the next dispatch. Only the data is made up. Inference is the
-model alone on a batch that lies on the devices. Every measurement is one JSON line on stdout.
+model alone on a batch that lies on the devices. Every measurement is one JSON line on stdout; the last sums them up.
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
-from ralenet_jax import __version__, evaluate, input_pipeline, optim, provenance, steps
-from ralenet_jax import state as train_state
+from ralenet_jax import __version__, benchmark_parts, benchmark_processes, evaluate, provenance, startup
 from ralenet_jax.errors import UserError
-from ralenet_jax.main import load_config, use_all_cores
+from ralenet_jax.main import load_config
 
-_SHAPE = (256, 2)  # samples and leads of a window
-_NOISE_SAMPLES = 650_000  # a recording of nstdb
-_MEASURES = ("train_windows_per_s", "infer_windows_per_s")
-
-
-def _made_up_windows(count: int) -> input_pipeline.Windows:
-    rng = np.random.default_rng(0)
-    return input_pipeline.Windows(
-        signal=rng.integers(-1024, 1024, (count, *_SHAPE), np.int16),
-        gain=np.full((count, _SHAPE[1]), 200, np.float32),
-        baseline=np.zeros((count, _SHAPE[1]), np.int32),
-        record=np.full(count, "100"),
-        symbol=np.full(count, "N"),
-        id=np.arange(count, dtype=np.int32),
-    )
-
-
-def training(config: ConfigDict, devices: Sequence[jax.Device], state) -> Callable[[], int]:
-    """A function that trains K steps from `state` on and returns how many windows that were."""
-    batch, count = config.train.batch_size, config.train.steps_per_dispatch
-    windows = _made_up_windows(batch * count * 4)
-    recordings = np.random.default_rng(1).standard_normal((3, _NOISE_SAMPLES, _SHAPE[1]), np.float32)
-    kind = (config.noise.kind, config.noise.snr_db, config.noise.snr_db_high)
-    source = evaluate.noise_source(config, steps.replicate(recordings, devices), "train", *kind)
-    model = train_state.model_from_config(config, steps.AXIS)
-    optimizer = optim.build_optimizer(config, total_steps=1)
-    key, state = jax.random.key(config.seed), steps.replicate(state, devices)
-    block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, devices)
-    step = 0
-
-    def train() -> int:
-        nonlocal state, step
-        indices = input_pipeline.batch_indices(config.seed, step, count, len(windows), batch)
-        state, scalars = block(state, input_pipeline.train_block(windows, indices, len(devices)), source, key)
-        jax.device_get(scalars)
-        step += count
-        return count * batch
-
-    return train
+# Part: the option it needs.
+PARTS = {
+    "prepare": "source",
+    "start": "data_dir",
+    "cell": "data_dir",
+    "read": "data_dir",
+    "input": None,
+    "train": None,
+    "evaluate": None,
+    "infer": None,
+}
+_ROUNDS = {  # measured in rounds, for each batch and length
+    "input": benchmark_parts.Input,
+    "train": benchmark_parts.Training,
+    "evaluate": benchmark_parts.evaluation,
+    "infer": benchmark_parts.inference,
+}
+_PEER_PARTS = ("train", "infer")
+_LENGTH_UNIT = 16  # a window is halved four times
+_WHERE = ("part", "batch", "length", "devices")
 
 
-def inference(config: ConfigDict, devices: Sequence[jax.Device], variables) -> Callable[[], int]:
-    """A function that denoises one batch and returns how many windows that were."""
-    batch = config.train.batch_size
-    model = train_state.model_from_config(config)
-    noisy = np.random.default_rng(2).standard_normal((batch, *_SHAPE), np.float32)
-    noisy = jax.device_put(noisy, NamedSharding(Mesh(np.array(devices), (steps.AXIS,)), PartitionSpec(steps.AXIS)))
-    variables = steps.replicate(variables, devices)
-    apply = jax.jit(model.apply)
-
-    def infer() -> int:
-        apply(variables, noisy).block_until_ready()
-        return batch
-
-    return infer
-
-
-def compile_seconds(run: Callable[[], int]) -> float:
-    """What the first call of `run` takes longer than the second."""
-    times = [time.perf_counter()]
-    for _ in range(2):
-        run()
-        times.append(time.perf_counter())
-    return 2 * times[1] - times[0] - times[2]
-
-
-def windows_per_second(run: Callable[[], int], seconds: float) -> float:
-    """Calls `run`, which returns how many windows it did, for about so many seconds; the first call does not count."""
-    run()  # what the caches hold is the peer's work
-    start, count = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - start) < seconds:
-        count += run()
-    return count / elapsed
-
-
-def run_peer(command: Sequence[str]) -> dict:
-    """Runs a peer; gives the last JSON line it prints, with `train_` and `infer_segments_per_s` under our names.
+def run_peer(command: Sequence[str], parts: Sequence[str]) -> list[dict]:
+    """Runs a peer; makes a row for each part of the last JSON line it prints, which holds `PART_segments_per_s`.
 
     Raises:
         UserError: if it does not start, fails, or prints no such line.
@@ -110,7 +52,7 @@ def run_peer(command: Sequence[str]) -> dict:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
         result = json.loads(done.stdout.strip().rpartition("\n")[2])
-        measures = {name: result.pop(name.replace("windows", "segments")) for name in _MEASURES}
+        rates = {part: float(result.pop(f"{part}_segments_per_s")) for part in _PEER_PARTS}
     except OSError as error:
         raise UserError(f"the peer {command[0]} does not start: {error.strerror}; see --peer-python") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -118,67 +60,181 @@ def run_peer(command: Sequence[str]) -> dict:
         raise UserError(
             f"the peer (exit {done.returncode}) printed no JSON with train_ and infer_segments_per_s, but: {last!r}"
         ) from error
-    return result | measures
+    name = {"peer": shlex.join(command)}  # of one that does not tell its own
+    return [name | result | {"part": part, "windows_per_s": rates[part]} for part in parts]
 
 
-def summary(rows: list[dict], peer_rows: list[dict]) -> dict:
-    """Median, lowest and highest of each measure, of the peer's, and of the ratio ours/peer within a round."""
-    table = {}
-    for name in _MEASURES:
-        ours, theirs = ([row[name] for row in group] for group in (rows, peer_rows))
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)] if theirs else []
-        for label, values in ((name, ours), (f"peer_{name}", theirs), (f"{name}_ratio", ratios)):
-            if values:
-                median, low, high = statistics.median(values), min(values), max(values)
-                table[label] = {"median": round(median, 3), "min": round(low, 3), "max": round(high, 3)}
+def summary(rows: Sequence[dict]) -> list[dict]:
+    """Median, lowest and highest rate of each part at each batch and length, over the rounds.
+
+    With those of each peer, by its own name, and of the ratio ours/peer within a round; "per_train" of reading is its
+    rate over that of the training at each batch, by medians.
+    """
+    table = []
+    for where in dict.fromkeys(tuple(row[name] for name in _WHERE) for row in rows if "peer" not in row):
+        group = [row for row in rows if tuple(row[name] for name in _WHERE) == where]
+        ours = {row["round"]: row["windows_per_s"] for row in group if "peer" not in row}
+        entry = dict(zip(_WHERE, where, strict=True)) | {"windows_per_s": benchmark_parts.spread(ours.values())}
+        for name in dict.fromkeys(row["peer"] for row in group if "peer" in row):
+            theirs = [(row["round"], row["windows_per_s"]) for row in group if row.get("peer") == name]
+            entry.setdefault("peers", {})[name] = {
+                "windows_per_s": benchmark_parts.spread([rate for _, rate in theirs]),
+                "ratio": benchmark_parts.spread([ours[number] / rate for number, rate in theirs]),
+            }
+        last = next(row for row in reversed(group) if "peer" not in row)
+        table.append(entry | {name: last[name] for name in ("compile_s", "peak_memory_mib", "peak_memory_of")})
+    trained = {e["batch"]: e for e in table if e["part"] == "train" and e["length"] == benchmark_parts.LENGTH}
+    for entry in table:
+        if entry["part"] == "read" and trained:
+            rate = entry["windows_per_s"]["median"]
+            entry["per_train"] = {b: round(rate / e["windows_per_s"]["median"], 3) for b, e in trained.items()}
     return table
 
 
+def _numbers(text: str) -> list[int]:
+    if not all(number.isdecimal() and int(number) for number in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected whole numbers from 1, with commas")
+    return [int(number) for number in text.split(",")]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all of `ralenet` does."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see ralenet benchmark --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ralenet benchmark", description="Windows trained and denoised per second.")
-    parser.add_argument("--batch", type=int, default=32, help="windows in a step, over all devices (%(default)s)")
-    parser.add_argument("--devices", type=int, default=0, help="how many; 0: all, on a CPU one for each core")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=5, help="for each measurement (%(default)s)")
-    parser.add_argument("--peer", help="script to take turns with, and its options; gets --batch, --seconds, --device")
-    parser.add_argument("--peer-python", default=sys.executable, help="Python that runs the peer (this one)")
+    parser = _Parser(prog="ralenet benchmark", allow_abbrev=False, description="What the parts of the work cost.")
+    add = parser.add_argument
+    add("--parts", help=f"with commas, of {', '.join(PARTS)} (train,infer; none with --processes)")
+    add("--batch", type=_numbers, default="32", help="windows in a step over all devices; with commas (%(default)s)")
+    add("--length", type=_numbers, default="256", help="samples of a window; with commas (%(default)s)")
+    add("--devices", type=int, default=0, help="how many; 0: all, on a CPU one for each core")
+    add("--repeats", type=int, default=5, help="rounds (%(default)s)")
+    add("--seconds", type=float, default=5, help="for each measurement of a round (%(default)s)")
+    add("--peer", action="append", default=[], help="script to take turns with, and its options; may come again")
+    add("--peer-python", default=sys.executable, help="Python that runs the peers (this one)")
+    add("--processes", type=int, help="the training step in so many processes against one; --batch is of each (CPU)")
+    add("--source", help="for prepare: local copy in PhysioNet's layout")
+    add("--data-dir", help="for read, start and cell: folder of the shards")
+    add("--epochs", type=int, help="for cell: other than the paper's")
     return parser
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    args = _parser().parse_args(argv)
+    if args.parts is None:
+        args.parts = "train,infer" if args.processes is None else ""
+    args.parts = args.parts.split(",") if args.parts else []
+    for part in args.parts:
+        if part not in PARTS:
+            raise UserError(f"--parts {part!r} is not known; choose from {', '.join(PARTS)}")
+        if PARTS[part] and not getattr(args, PARTS[part]):
+            raise UserError(f"the part {part} needs --{PARTS[part].replace('_', '-')}")
+    if args.repeats < 1 or not 0 < args.seconds < float("inf") or args.devices < 0:
+        raise UserError("--repeats is a whole number from 1, --devices one from 0, --seconds is above 0")
+    if args.devices and (bad := [batch for batch in args.batch if batch % args.devices]):
+        raise UserError(f"--batch {bad[0]} does not divide by --devices {args.devices}")
+    if args.processes is not None and args.processes < 2:
+        raise UserError(f"--processes {args.processes}; expected 2 or more, they are compared with one")
+    if args.epochs is not None and args.epochs < 1:
+        raise UserError(f"--epochs {args.epochs}; expected 1 or more")
+    if bad := [length for length in args.length if length % _LENGTH_UNIT or length < 2 * _LENGTH_UNIT]:
+        raise UserError(f"--length {bad[0]}; expected 32 or more, divisible by {_LENGTH_UNIT}")
+    if args.peer and not (set(args.parts) & set(_PEER_PARTS) and benchmark_parts.LENGTH in args.length):
+        raise UserError(
+            f"--peer needs the part train or infer, and --length {benchmark_parts.LENGTH} among the lengths"
+        )
+    return args
+
+
+def _say(row: dict) -> dict:
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def _in_rounds(runs: dict[str, Callable[[], int]], where: dict, args, devices, peers: Sequence[Sequence[str]]):
+    """Measures `runs` and the peers in turns; gives the rows."""
+    compiles = {
+        part: None if part in ("read", "input") else round(benchmark_parts.compile_seconds(run), 2)
+        for part, run in runs.items()
+    }
+    rows = []
+    for number in range(args.repeats):
+        for part, run in runs.items():
+            rate = round(benchmark_parts.windows_per_second(run, args.seconds), 1)
+            row = {"part": part} | where | {"round": number, "windows_per_s": rate, "compile_s": compiles[part]}
+            rows.append(_say(row | benchmark_parts.peak_memory(devices)))
+        for peer in peers:
+            asked = [part for part in _PEER_PARTS if part in runs]
+            rows += [_say(row | where | {"round": number}) for row in run_peer(peer, asked)]
+    return rows
+
+
+def _head(devices: Sequence[jax.Device]) -> dict:
+    return {
+        "ralenet_jax": __version__,
+        "revision": provenance.revision(),
+        "jax": version("jax"),
+        "jaxlib": version("jaxlib"),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "cores": os.cpu_count(),
+        # Full float32 products, or what the device's default is; kept programs make compile_s smaller.
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "compilation_cache": bool(jax.config.jax_compilation_cache_dir),
+    }
+
+
+def _commands(args: argparse.Namespace, num_devices: int) -> list[dict]:
+    """Runs the parts that are whole commands, once each."""
+    config = load_config("ralenet", [f"num_devices={num_devices}"])
+    if args.epochs:
+        config.train.epochs = args.epochs
+    commands = {
+        "prepare": functools.partial(benchmark_parts.prepare, args.source),
+        "start": functools.partial(benchmark_parts.start, config, args.data_dir),
+        "cell": functools.partial(benchmark_parts.cell, config, args.data_dir),
+    }
+    return [_say(run()) for part, run in commands.items() if part in args.parts]
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; raises `UserError` for what the user can mend."""
-    args = _parser().parse_args(argv)
-    if args.repeats < 1 or not args.seconds > 0 or args.batch < 1:
-        raise UserError("--batch and --repeats are whole numbers from 1, --seconds is above 0")
-    use_all_cores()
-    config = load_config("ralenet", [f"train.batch_size={args.batch}", f"num_devices={args.devices}"])
-    devices = evaluate.choose_devices(config, args.batch)
-    optimizer = optim.build_optimizer(config, total_steps=1)
-    state = train_state.create_state(train_state.model_from_config(config), optimizer, jax.random.key(0), _SHAPE)
-    state = jax.device_get(state)  # the training gives up its own copy
-    train, infer = training(config, devices, state), inference(config, devices, state.variables)
-    head = {
-        "ralenet_jax": __version__,
-        "revision": provenance.revision(),
-        "jax": version("jax"),
-        "device": devices[0].device_kind,
-        "devices": len(devices),
-        "cores": os.cpu_count(),
-        "batch": args.batch,
-        "steps_per_dispatch": config.train.steps_per_dispatch,
-        "train_compile_s": round(compile_seconds(train), 2),
-        "infer_compile_s": round(compile_seconds(infer), 2),
-    }
-    print(json.dumps(head), flush=True)
-    options = {"batch": args.batch, "seconds": args.seconds, "device": devices[0].platform.replace("gpu", "cuda")}
-    peer = [args.peer_python, *shlex.split(args.peer or "")] + [f"--{name}={value}" for name, value in options.items()]
-    rows, peer_rows = [], []
-    for number in range(args.repeats):
-        rates = (windows_per_second(run, args.seconds) for run in (train, infer))
-        rows.append(dict(zip(_MEASURES, (round(rate, 1) for rate in rates), strict=True)))
-        print(json.dumps({"round": number} | rows[-1]), flush=True)
-        if args.peer:
-            peer_rows.append(run_peer(peer))
-            print(json.dumps({"round": number} | peer_rows[-1]), flush=True)
-    print(json.dumps({"summary": summary(rows, peer_rows)}))
+    args = _arguments(argv)
+    startup.start_jax()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", None)  # compile_s is to be of compilation
+    # The peers and the commands need memory of the same device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    config = load_config("ralenet", [f"num_devices={args.devices if args.parts else 0}"])
+    default = [config.train.batch_size] if {"start", "cell"} & set(args.parts) else []
+    devices = evaluate.choose_devices(config, *(args.batch if args.parts else []), *default)
+    _say(_head(devices))
+    table = _commands(args, len(devices))
+    rows = []
+    if "read" in args.parts:
+        where = {"batch": None, "length": benchmark_parts.LENGTH, "devices": None}
+        rows += _in_rounds({"read": benchmark_parts.reading(args.data_dir)}, where, args, devices, [])
+    chosen = {part: build for part, build in _ROUNDS.items() if part in args.parts}
+    for batch in args.batch if chosen else ():
+        config = load_config("ralenet", [f"train.batch_size={batch}"])
+        for length in args.length:
+            runs = {part: build(config, devices, length) for part, build in chosen.items()}
+            where = {"batch": batch, "length": length, "devices": len(devices)}
+            peers = _peers(args, batch, devices) if length == benchmark_parts.LENGTH else []
+            rows += _in_rounds(runs, where, args, devices, peers)
+    table += summary(rows)
+    for batch in args.batch if args.processes else ():
+        for length in args.length:
+            settings = (batch, length, args.devices, args.repeats, args.seconds)
+            table.append(benchmark_processes.compare(args.processes, *settings, _say))
+    _say({"summary": table})
     return 0
+
+
+def _peers(args: argparse.Namespace, batch: int, devices: Sequence[jax.Device]) -> list[list[str]]:
+    options = {"batch": batch, "seconds": args.seconds, "device": devices[0].platform.replace("gpu", "cuda")}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    return [[args.peer_python, *shlex.split(peer), *given] for peer in args.peer]

@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import demo as demo_config
 from data_prep import physionet, prepare
-from ralenet_jax import checkpoint, evaluate, train, writer
-from ralenet_jax import main as training_command
+from ralenet_jax import checkpoint, evaluate, startup, train, writer
 from ralenet_jax.errors import UserError
 
 _NEXT = """
@@ -58,7 +57,7 @@ def demo(workdir: str | Path, seed: int = 0) -> dict[str, Any]:
         print(_meaning(result, figures))
         return result
     with _Step(3, "training RA-LENet to give back the clean window from a noisy one"):
-        training_command.use_all_cores()
+        startup.start_jax()
         train.train(config, run)
     with _Step(4, "evaluating on heartbeats of patients, and on noise, that it has not seen"):
         result = evaluate.evaluate(config, run)

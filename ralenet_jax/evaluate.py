@@ -83,13 +83,11 @@ def restore_state(config: ConfigDict, workdir: str | Path, devices: list[jax.Dev
         step = steps_by_name[which] if which in steps_by_name else int(which)
         if which == "best" and step is None:
             raise UserError(f"no checkpoint in {saved.directory} was validated; use the last, or train on")
-        create = functools.partial(
-            train_state.create_state, model, optimizer, shape=input_pipeline.window_shape(config)
-        )
-        # Shapes are enough, and initial values take longer than a small evaluation.
+        shape = input_pipeline.window_shape(config)
+        # Shapes are enough: the values are in the checkpoint.
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=steps.replicated(devices)),
-            jax.eval_shape(create, jax.random.key(0)),
+            jax.eval_shape(lambda: train_state.create_state(model, optimizer, config.seed, shape)),
         )
         return model, saved.restore(target, step)
 

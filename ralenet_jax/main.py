@@ -6,20 +6,17 @@
 
 import argparse
 import ast
-import contextlib
 import difflib
 import functools
 import importlib.resources
 import operator
-import os
 import runpy
 import sys
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
-from ralenet_jax import checkpoint, evaluate, train
+from ralenet_jax import checkpoint, evaluate, startup, train
 from ralenet_jax.errors import UserError
 from ralenet_jax.train import Interrupted, NonFiniteLoss
 
@@ -145,20 +142,9 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return arguments, overrides
 
 
-def use_all_cores() -> None:
-    """On a CPU makes one host device for each core, unless it is already settled how many there are."""
-    said = jax.config.jax_num_cpu_devices > 0  # by the environment too: JAX_NUM_CPU_DEVICES
-    if said or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # Too late where this process has used JAX before: then its devices are what there is.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", cores)
-
-
 def _run(argv: list[str]) -> None:
     arguments, overrides = _arguments(argv)
-    use_all_cores()
+    startup.start_jax()
     if arguments.mode == "train":
         train.train(load_config(arguments.config, overrides), arguments.workdir)
     else:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ralenet_jax.models import build_model
+from ralenet_jax.models import build_model, initializers
 
 
 @flax.struct.dataclass
@@ -34,10 +34,11 @@ def model_from_config(config: ConfigDict, axis_name: str | None = None) -> nn.Mo
 
 
 def create_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, key: jax.Array, shape: tuple[int, int]
+    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, shape: tuple[int, int]
 ) -> TrainState:
-    """Fresh state for windows of `shape` (samples, leads)."""
-    variables = jax.jit(model.init)(key, jnp.zeros((1, *shape)))
+    """Fresh state for windows of `shape` (samples, leads): the same from the same seed on every platform."""
+    with initializers.drawn_on_host(seed):
+        variables = jax.jit(lambda: model.init(jax.random.key(seed), jnp.zeros((1, *shape))))()
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -109,18 +109,24 @@ def _pmap(step: Callable, devices: Sequence[jax.Device], in_axes: tuple, donate:
 
 
 def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Sequence[jax.Device]) -> Callable:
-    """Builds `(state, block, source, key) → (state, scalars)`: K optimiser steps in one dispatch.
+    """Builds `(state, block, count, source, key) → (state, scalars)`: `count` optimiser steps in one dispatch.
 
-    The block's arrays are `[devices, K, B, …]`, B windows for each device; the scalars are `[K]`. The state that goes
-    in is given up to the one that comes out.
+    The block's arrays are `[devices, K, B, …]`, B windows for each device; the scalars are `[K]`, zero from `count` on.
+    So one compiled program serves an epoch whose steps K does not divide. The state that goes in is given up to the
+    one that comes out.
     """
 
-    def train_block(state, block, source, key):
-        return jax.lax.scan(
-            lambda state, batch: train_step(model, optimizer, protocol, fresh, state, batch, source, key), state, block
-        )
+    def train_block(state, block, count, source, key):
+        def one_step(i, carry):
+            state, scalars = carry
+            batch = jax.tree.map(lambda array: array[i], block)
+            state, new = train_step(model, optimizer, protocol, fresh, state, batch, source, key)
+            return state, jax.tree.map(lambda row, scalar: row.at[i].set(scalar), scalars, new)
 
-    return _pmap(train_block, devices, (None, 0, None, None), donate=(0,))
+        scalars = {name: jnp.zeros(block["id"].shape[0]) for name in ("loss", "snr_db")}
+        return jax.lax.fori_loop(0, count, one_step, (state, scalars))
+
+    return _pmap(train_block, devices, (None, 0, None, None, None), donate=(0,))
 
 
 def build_eval_step(model, protocol: str, devices: Sequence[jax.Device]) -> Callable:

@@ -1,5 +1,6 @@
 """The training loop: blocks of steps, validation, checkpoints, until the last epoch or an interruption."""
 
+import math
 import signal
 import sys
 import time
@@ -61,6 +62,7 @@ class _Progress:
         self._bar = tqdm(initial=step, total=total, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self._total, self._epoch_steps, self._batch_size = total, epoch_steps, batch_size
         self._since, self._from = time.monotonic(), step
+        self._told = False
 
     def __enter__(self):
         return self
@@ -79,21 +81,25 @@ class _Progress:
         if not self._bar.disable:
             self._bar.set_postfix_str(f"loss {loss:.4f}, SNR {snr_db:.2f} dB, {rate:.0f} windows/s", refresh=False)
             self._bar.update(step - self._bar.n)
-        if elapsed < _SECONDS_BETWEEN_LINES and step < self._total:
+        # The first line comes at once: until then there is a compilation to wait for, which is in no rate.
+        first, self._told = not self._told, True
+        if not first and elapsed < _SECONDS_BETWEEN_LINES and step < self._total:
             return None
         if self._bar.disable:
             where = f"step {step}/{self._total} (epoch {step / self._epoch_steps:.1f})"
-            self.line(f"{where}: loss {loss:.4f}, SNR {snr_db:.2f} dB, {rate:.0f} windows/s")
+            rate_text = "" if first else f", {rate:.0f} windows/s"
+            self.line(f"{where}: loss {loss:.4f}, SNR {snr_db:.2f} dB{rate_text}")
         self.pause(step)
-        return rate
+        return None if first else rate
 
     def pause(self, step: int) -> None:
         """Takes what came since out of the rate."""
         self._since, self._from = time.monotonic(), step
 
 
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(d for d in range(1, max(min(limit, number), 1) + 1) if number % d == 0)
+def _even_part(number: int, limit: int) -> int:
+    """The length of the parts when `number` is cut into as few as `limit` allows, of lengths as even as can be."""
+    return math.ceil(number / math.ceil(number / limit))
 
 
 class _Run:
@@ -107,28 +113,33 @@ class _Run:
         self.validation_windows = input_pipeline.read_split(config, "validation")
         self.epoch_steps = input_pipeline.steps_per_epoch(config, len(self.train_windows))
         self.total_steps = self.epoch_steps * config.train.epochs
-        self.block_steps = _largest_divisor(self.epoch_steps, config.train.steps_per_dispatch)
+        self.block_steps = _even_part(self.epoch_steps, config.train.steps_per_dispatch)
         condition = (config.noise.kind, config.noise.snr_db, config.noise.snr_db_high)
         recordings = steps.replicate(input_pipeline.read_noise(config), self.devices)
         self.train_noise = evaluate.noise_source(config, recordings, "train", *condition)
         self.validation_noise = evaluate.noise_source(config, recordings, "validation", *condition)
         model = train_state.model_from_config(config, steps.AXIS)
         optimizer = optim.build_optimizer(config, self.total_steps)
-        initial, self.key = jax.random.split(jax.random.key(config.seed))
-        state = train_state.create_state(model, optimizer, initial, self.train_windows.signal.shape[1:])
+        self.key = jax.random.key(config.seed)
+        state = train_state.create_state(model, optimizer, config.seed, self.train_windows.signal.shape[1:])
         self.state = steps.replicate(state, self.devices)
         self._block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, self.devices)
         self._eval_step = steps.build_eval_step(model, config.protocol, self.devices)
 
     def train_block(self, step: int) -> dict[str, np.ndarray]:
-        """Trains from `step` for one block; gives its scalars, each `[K]`."""
-        indices = input_pipeline.batch_indices(
-            self.config.seed, step, self.block_steps, len(self.train_windows), self.batch_size
-        )
+        """Trains from `step` for one block, or to the end of the epoch; gives its scalars, each `[steps]`.
+
+        The first block of all is one step, so that after the compilation something is soon seen.
+        """
+        limit = self.block_steps if step else 1
+        count = min(limit, self.epoch_steps - step % self.epoch_steps)
+        indices = input_pipeline.batch_indices(self.config.seed, step, count, len(self.train_windows), self.batch_size)
+        # A shorter block is filled up, so that one compiled program serves all; what fills it is not trained on.
+        indices = np.pad(indices, ((0, self.block_steps - count), (0, 0)))
         block = input_pipeline.train_block(self.train_windows, indices, len(self.devices))
-        self.state, scalars = self._block(self.state, block, self.train_noise, self.key)
+        self.state, scalars = self._block(self.state, block, np.int32(count), self.train_noise, self.key)
         # Fetched before the next dispatch: an unbounded queue over several CPU devices can abort in a collective.
-        return jax.device_get(scalars)
+        return {name: values[:count] for name, values in jax.device_get(scalars).items()}
 
     def validate(self) -> dict[str, float]:
         """Measures on the validation windows."""
@@ -193,8 +204,8 @@ def _loop(run: _Run, saved, stop: _Stop, writer: Writer, progress: _Progress, st
     validation = None
     while step < run.total_steps:
         scalars = run.train_block(step)
-        step += run.block_steps
-        _check_finite(scalars["loss"], step - run.block_steps, saved)
+        _check_finite(scalars["loss"], step, saved)
+        step += len(scalars["loss"])
         loss, snr_db = float(np.mean(scalars["loss"])), float(np.mean(scalars["snr_db"]))
         rate = progress.update(step, loss, snr_db)
         if rate is not None:

@@ -47,7 +47,7 @@ def run(data_dir, tmp_path_factory):
     """The work directory of a run that stands at step 8."""
     workdir = tmp_path_factory.mktemp("run")
     config = configure(data_dir)
-    state = train_state.create_state(Half(), optim.build_optimizer(config, 8), jax.random.key(0), (256, 2))
+    state = train_state.create_state(Half(), optim.build_optimizer(config, 8), 0, (256, 2))
     save(workdir, config, state, 1.5)
     return workdir
 

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -284,33 +283,3 @@ def test_as_a_module():
     assert done.returncode == 2
     assert done.stderr == "ralenet: error: unknown configuration key 'sede'; the nearest known one is 'seed'\n"
     assert done.stdout == ""
-
-
-def test_one_host_device_for_each_core_unless_told_otherwise(monkeypatch):
-    seen = {}
-    config = types.SimpleNamespace(jax_num_cpu_devices=-1, update=lambda name, value: seen.update({name: value}))
-    monkeypatch.setattr(main, "jax", types.SimpleNamespace(config=config))
-    monkeypatch.setattr(main.os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    main.use_all_cores()
-    assert seen.pop("jax_num_cpu_devices") == 3
-    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=5")
-    main.use_all_cores()
-    monkeypatch.delenv("XLA_FLAGS")
-    config.jax_num_cpu_devices = 2  # by JAX_NUM_CPU_DEVICES, or whoever started this process
-    main.use_all_cores()
-    assert not seen
-    monkeypatch.delattr(main.os, "sched_getaffinity")  # not on macOS
-    monkeypatch.setattr(main.os, "cpu_count", lambda: 4)
-    config.jax_num_cpu_devices = -1
-    main.use_all_cores()
-    assert seen == {"jax_num_cpu_devices": 4}
-
-
-def test_devices_in_use_stay_as_they_are():
-    code = (
-        "import jax\nbefore = jax.devices()\nfrom ralenet_jax import main\n"
-        "main.use_all_cores()\nprint(jax.devices() == before)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=_CHECKOUT)
-    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -14,13 +14,12 @@ from ralenet_jax.errors import UserError
 _PUBLISHED = {"ralenet": 1_087_282, "ralenet_mlp": 1_087_228, "ralenet_nra": 1_086_800}
 
 
-def shapes(seed=0, **options):
+def shapes(**options):
     """The state of a configured model, without computing it."""
     config = ralenet.get_config()
     config.model.update(options)
     model = train_state.model_from_config(config)
-    create = lambda key: train_state.create_state(model, optax.adam(1e-3), key, (256, 2))  # noqa: E731
-    return jax.eval_shape(create, jax.random.key(seed))
+    return jax.eval_shape(lambda: train_state.create_state(model, optax.adam(1e-3), 0, (256, 2)))
 
 
 class Small(nn.Module):
@@ -35,7 +34,7 @@ class Small(nn.Module):
 @pytest.fixture(scope="module")
 def states():
     """Two states of one seed and one of another."""
-    return [train_state.create_state(Small(), optax.adam(1e-3), jax.random.key(seed), (64, 2)) for seed in (0, 0, 1)]
+    return [train_state.create_state(Small(), optax.adam(1e-3), seed, (64, 2)) for seed in (0, 0, 1)]
 
 
 @pytest.mark.parametrize("name", _PUBLISHED)
@@ -74,7 +73,7 @@ def test_state_has_no_device_axis_and_starts_at_step_zero(states):
 
 
 def test_a_model_without_batch_norm_has_no_statistics():
-    state = train_state.create_state(nn.Dense(2), optax.sgd(0.1), jax.random.key(0), (64, 2))
+    state = train_state.create_state(nn.Dense(2), optax.sgd(0.1), 0, (64, 2))
     assert state.variables["batch_stats"] == {}
 
 

@@ -31,7 +31,7 @@ class _Setup:
     def __init__(self, model):
         rng = np.random.default_rng(0)
         self.model, self.optimizer = model, optax.sgd(0.1)
-        self.state = jax.device_get(create_state(model, self.optimizer, jax.random.key(0), (_LENGTH, 2)))
+        self.state = jax.device_get(create_state(model, self.optimizer, 0, (_LENGTH, 2)))
         self.batch = {
             "clean": rng.standard_normal((3, _BATCH, _LENGTH, 2)).astype(np.float32),
             "id": np.arange(3 * _BATCH, dtype=np.int32).reshape(3, _BATCH),
@@ -43,15 +43,15 @@ class _Setup:
     def block(self, devices, fresh):
         return steps.build_train_block(self.model, self.optimizer, "honest", fresh, jax.devices()[:devices])
 
-    def run(self, devices, fresh=False, state=None, first=0, count=1, key=7):
-        """Trains on steps first..first+count of the batch: state and scalars."""
+    def run(self, devices, fresh=False, state=None, first=0, count=1, key=7, filled=0):
+        """Trains on steps first..first+count of the batch, the block filled up with others: state and scalars."""
         there = jax.devices()[:devices]
         block = {
-            name: np.stack(np.split(array[first : first + count], devices, axis=1))
+            name: np.stack(np.split(array[first : first + count + filled], devices, axis=1))
             for name, array in self.batch.items()
         }
         state, source = steps.replicate((self.state if state is None else state, self.source), there)
-        return jax.device_get(self.block(devices, fresh)(state, block, source, jax.random.key(key)))
+        return jax.device_get(self.block(devices, fresh)(state, block, np.int32(count), source, jax.random.key(key)))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,14 @@ def test_block_of_steps_is_the_steps_one_by_one(small):
         np.testing.assert_allclose(scalars["loss"][i], single["loss"][0], rtol=1e-6)
     assert int(block.step) == int(state.step) == 3
     assert _largest_difference(block.params, state.params) < 1e-6
+
+
+def test_what_fills_a_block_up_is_not_trained_on(small):
+    whole, whole_scalars = small.run(2, count=2)
+    filled, scalars = small.run(2, count=2, filled=1)
+    assert int(filled.step) == 2
+    assert _largest_difference(filled, whole) == 0
+    np.testing.assert_array_equal(scalars["loss"], [*whole_scalars["loss"], 0])
 
 
 def test_loss_is_that_of_the_plain_model_on_the_mixed_windows(small):

@@ -107,6 +107,21 @@ def test_validates_every_epoch_and_writes_scalars(whole):
     assert "1,087,282 parameters" in out
 
 
+def test_tells_of_the_first_step_at_once_and_of_a_rate_only_without_compilation(whole):
+    first, *_, last = [line for line in whole[2].splitlines() if line.startswith("step ")]
+    assert first.startswith("step 1/32 (epoch 0.1): loss ") and first.endswith(" dB")
+    assert last.startswith("step 32/32 (epoch 4.0): loss ") and last.endswith(" windows/s")
+
+
+@pytest.mark.parametrize(
+    ("steps", "limit", "expected"),
+    [(250, 50, [50] * 5), (31, 50, [31]), (251, 50, [42] * 5 + [41]), (7, 1, [1] * 7), (8, 3, [3, 3, 2])],
+)
+def test_an_epoch_is_cut_into_even_blocks(steps, limit, expected):
+    part = train._even_part(steps, limit)
+    assert [min(part, steps - start) for start in range(0, steps, part)] == expected
+
+
 def test_learns(whole):
     _, workdir, _ = whole
     snr = [line["validation/snr_db"] for line in read_history(workdir) if "validation/snr_db" in line]

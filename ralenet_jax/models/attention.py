@@ -2,10 +2,9 @@
 
 Features are `[H, B, D, L]`: heads, batch, channels of a head, samples. With 4 channels a head the work is not in the
 products but in the maps `[H, B, L, L]`: each is written once, the division by the sum of the weights is done on the
-features, and the bias is differentiated on its window alone.
+features. Adding a bias to a whole map would cost as much as the softmax, so the few queries inside the window have a
+map of their own, and only that one gets the bias.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,38 +23,71 @@ def attend(query, key, value, bias=None, start=None):
     Returns:
         `[H, B, D, L]`.
     """
-    if bias is None or isinstance(start, int):
-        return _attend(query, key, value, bias, None, start)
-    return _attend(query, key, value, bias, start, None)
+    if bias is None:
+        return _attend(query, key, value, None)
+    if isinstance(start, int):
+        return _attend_around(query, key, value, bias, start)
+    return _attend_around_each(query, key, value, bias, start)
 
 
-# The window stands at `starts` [B] or at `start`, an int: two arguments because only one of them is traced.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(query, key, value, bias, starts, start):
-    return _forward(query, key, value, bias, starts, start)[0]
+def _attend_around(query, key, value, bias, start):
+    """The window stands at the same place in every example."""
+    length, window = query.shape[3], bias.shape[1]
+    low, high = max(start, 0), max(min(start + window, length), 0)
+    if low >= high:
+        return _attend(query, key, value, None)
+    bias = bias[:, low - start : high - start, low - start : high - start]
+    # Behind the barrier the bias stays one map for the whole batch; XLA would write a copy for each example.
+    bias = jax.lax.optimization_barrier(
+        jax.lax.pad(bias, 0.0, [(0, 0, 0), (0, 0, 0), (low, length - high, 0)])[:, None]
+    )
+    outside = _attend(jnp.concatenate([query[..., :low], query[..., high:]], 3), key, value, None)
+    inside = _attend(query[..., low:high], key, value, bias)
+    return jnp.concatenate([outside[..., :low], inside, outside[..., low:]], 3)
 
 
-def _forward(query, key, value, bias, starts, start):
+def _attend_around_each(query, key, value, bias, starts):
+    """Every example has its window at another place, `starts` `[B]`."""
+    length, window = query.shape[3], bias.shape[1]
+    place = jnp.arange(length)[None] - starts[:, None]  # of every sample in the window of its example, [B, L]
+    inside = (place >= 0) & (place < window)
+
+    def take(x, index):
+        return jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[3] - 1)[None, :, None], 3)
+
+    bias = jnp.where(inside[None, :, None], take(bias[:, None], place), 0.0)  # [H, B, W, L]
+    queries = take(query, starts[:, None] + jnp.arange(window)[None])
+    out = take(_attend(queries, key, value, bias), place)
+    return jnp.where(inside[None, :, None], out, _attend(query, key, value, None))
+
+
+@jax.custom_vjp
+def _attend(query, key, value, bias):
+    """Attention of queries `[H, B, D, Q]` to keys and values `[H, B, D, L]`; bias `[H, 1 or B, Q, L]` or None."""
+    return _forward(query, key, value, bias)[0]
+
+
+def _forward(query, key, value, bias):
     logits = _transpose(query) @ key
     if bias is not None:
-        # Behind the barrier the bias stays one map for the whole batch; XLA would write a copy for each example.
-        logits += jax.lax.optimization_barrier(_spread(bias, starts, start, length=logits.shape[-1]))
+        logits += bias
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     scale = 1 / weights.sum(-1, keepdims=True)
     out = _transpose((weights @ _transpose(value)) * scale)
-    return out, (query, key, value, bias, starts, weights, _transpose(scale), out)
+    return out, (query, key, value, bias, weights, _transpose(scale), out)
 
 
-def _backward(start, residuals, d_out):
-    query, key, value, bias, starts, weights, scale, out = residuals
+def _backward(residuals, d_out):
+    query, key, value, bias, weights, scale, out = residuals
     d_sum = d_out * scale
     d_value = d_sum @ weights
     shift = (d_sum * out).sum(2)[..., None]
     d_logits = weights * (_transpose(d_sum) @ value - shift)
     d_query = _transpose(d_logits @ _transpose(key))
     d_key = query @ d_logits
-    d_bias = None if bias is None else _gather(d_logits, starts, start, window=bias.shape[1])
-    return d_query, d_key, d_value, d_bias, None
+    shared = bias is not None and bias.shape[1] < d_logits.shape[1]
+    d_bias = None if bias is None else d_logits.sum(1, keepdims=True) if shared else d_logits
+    return d_query, d_key, d_value, d_bias
 
 
 _attend.defvjp(_forward, _backward)
@@ -68,37 +100,3 @@ def _transpose(x):
     transposed takes up to 20 times as long.
     """
     return jax.lax.optimization_barrier(jnp.swapaxes(jax.lax.optimization_barrier(x), 2, 3))
-
-
-def _spread(bias, starts, start, length):
-    """The bias `[H, W, W]` on the map of all logits, zero elsewhere: `[H, 1 or B, L, L]`."""
-    window = bias.shape[1]
-    if starts is None:
-        first, end = _cut(start, window, length)
-        margin = (start + first, length - start - end, 0)
-        return jax.lax.pad(bias[:, first:end, first:end], 0.0, [(0, 0, 0), margin, margin])[:, None]
-    inside = _inside(starts, window, length)
-    return jnp.einsum("biw,hwv,bjv->hbij", inside, bias, inside)
-
-
-def _gather(d_logits, starts, start, window):
-    """The gradient of the bias `[H, W, W]` from that of the logits `[H, B, L, L]`: what `_spread` did, backwards."""
-    length = d_logits.shape[-1]
-    if starts is None:
-        first, end = _cut(start, window, length)
-        seen = slice(start + first, start + end)
-        outside = (first, window - end)
-        return jnp.pad(d_logits[:, :, seen, seen].sum(1), ((0, 0), outside, outside))
-    inside = _inside(starts, window, length)
-    return jnp.einsum("biw,hbij,bjv->hwv", inside, d_logits, inside)
-
-
-def _cut(start, window, length):
-    """The places of the window that lie on samples: the first, and one past the last."""
-    first = min(max(-start, 0), window)
-    return first, max(min(length - start, window), first)
-
-
-def _inside(starts, window, length):
-    """Which place of its window each sample has, one-hot: `[B, L, W]`."""
-    return jax.nn.one_hot(jnp.arange(length)[None] - starts[:, None], window)

@@ -12,21 +12,12 @@ import numpy as np
 from ralenet_jax.errors import UserError
 from ralenet_jax.models.attention import attend
 from ralenet_jax.models.batch_norm import BatchNorm
+from ralenet_jax.models.initializers import uniform
 
 LEVELS = 5
 STEM_WIDTH = 8
 HEAD_DIM = 4
 R_WAVE_WINDOWS = (32, 16, 8, 4)  # samples at level 0, 1, 2, 3; none at the bottleneck
-
-
-def _uniform(fan_in):
-    """PyTorch's default initialiser of weights and biases."""
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 def sinusoid(length, channels):
@@ -56,10 +47,10 @@ class Dense(nn.Module):
     def __call__(self, x):
         """`[C, B, L]` → `[features, B, L]`."""
         channels, batch, length = x.shape
-        kernel = self.param("kernel", _uniform(channels), (channels, self.features))
+        kernel = self.param("kernel", uniform(channels), (channels, self.features))
         y = (kernel.T @ x.reshape(channels, batch * length)).reshape(self.features, batch, length)
         if self.use_bias:
-            y += self.param("bias", _uniform(channels), (self.features,))[:, None, None]
+            y += self.param("bias", uniform(channels), (self.features,))[:, None, None]
         return y
 
 
@@ -73,8 +64,8 @@ class Conv(nn.Module):
         """`[C, B, L]` → `[features, B, L]`."""
         channels, batch, length = x.shape
         fan_in = 3 * channels
-        kernel = self.param("kernel", _uniform(fan_in), (3, channels, self.features))
-        bias = self.param("bias", _uniform(fan_in), (self.features,))
+        kernel = self.param("kernel", uniform(fan_in), (3, channels, self.features))
+        bias = self.param("bias", uniform(fan_in), (self.features,))
         # One product over taps and channels: with so few channels it beats the convolution of the library.
         taps = jnp.concatenate(_shifts(x)).reshape(fan_in, batch * length)
         y = (kernel.reshape(fan_in, self.features).T @ taps).reshape(self.features, batch, length)
@@ -135,7 +126,7 @@ class LocalConv(nn.Module):
     @nn.compact
     def __call__(self, x):
         """`[C, B, L]` → the same shape."""
-        kernel = self.param("kernel", _uniform(3), (3, 1, self.channels))
+        kernel = self.param("kernel", uniform(3), (3, 1, self.channels))
         taps = zip(_shifts(x[: self.channels]), kernel, strict=True)
         convolved = sum(shift * weight[0][:, None, None] for shift, weight in taps)
         return jnp.concatenate([convolved, x[self.channels :]])
@@ -147,7 +138,7 @@ class EfficientChannelAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         """`[C, B, L]` → the same shape."""
-        kernel = self.param("kernel", _uniform(3), (3, 1, 1))
+        kernel = self.param("kernel", uniform(3), (3, 1, 1))
         taps = zip(_shifts(x.mean(2).T), kernel[:, 0, 0], strict=True)
         gate = nn.sigmoid(sum(shift * weight for shift, weight in taps))
         return x * gate.T[..., None]

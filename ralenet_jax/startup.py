@@ -1,0 +1,38 @@
+"""How a command starts JAX: as many host devices as cores, and compiled programs kept for the next start."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import jax
+
+
+def start_jax() -> None:
+    """Sets JAX up for a command, before it is first used. What the environment or the caller has settled stays."""
+    _use_all_cores()
+    _keep_compiled_programs()
+
+
+def _use_all_cores() -> None:
+    """On a CPU makes one host device for each core, unless it is already settled how many there are."""
+    said = jax.config.jax_num_cpu_devices > 0  # by the environment too: JAX_NUM_CPU_DEVICES
+    if said or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Too late where this process has used JAX before: then its devices are what there is.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
+def _keep_compiled_programs() -> None:
+    """Has JAX keep compiled programs in the user's cache folder; JAX_COMPILATION_CACHE_DIR names another ("": none)."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
+        return
+    # A home that is not there or cannot be written costs a compilation at every start, no more.
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ralenet_jax"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            # Small programs are half of a start: dozens of them, each under JAX's own limit of a second.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
