@@ -1,7 +1,8 @@
-"""How a command starts JAX: as many host devices as cores, and compiled programs kept for the next start."""
+"""How a command starts JAX: a host device for each core, wide vectors, compiled programs kept for the next start."""
 
 import contextlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import jax
 def start_jax() -> None:
     """Sets JAX up for a command, before it is first used. What the environment or the caller has settled stays."""
     _use_all_cores()
+    _use_wide_vectors()
     _keep_compiled_programs()
 
 
@@ -22,6 +24,16 @@ def _use_all_cores() -> None:
     # Too late where this process has used JAX before: then its devices are what there is.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", cores)
+
+
+def _use_wide_vectors() -> None:
+    """Lets XLA fill the vectors of a CPU with AVX-512, of which it takes half by itself."""
+    flags, width = os.environ.get("XLA_FLAGS", ""), "xla_cpu_prefer_vector_width"
+    # XLA ends the process over a flag it does not know; this one is known up to 0.12.
+    known = tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 12)
+    with contextlib.suppress(OSError):
+        if known and width not in flags and " avx512f " in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+            os.environ["XLA_FLAGS"] = f"{flags} --{width}=512".strip()
 
 
 def _keep_compiled_programs() -> None:

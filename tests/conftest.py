@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from ralenet_jax import startup
+
 # Before any backend starts: the tests see two CPU devices, whatever the machine.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -19,6 +21,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# As in a command, so that what is compiled here and in processes of their own is the same.
+startup.start_jax()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,10 @@ def config(monkeypatch, tmp_path):
     config.update = lambda name, value: config.seen.update({name: value})
     monkeypatch.setattr(startup, "jax", types.SimpleNamespace(config=config))
     monkeypatch.setattr(startup.os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(startup, "version", lambda package: "0.10.2")
+    config.cpu = "flags\t: sse2 avx512f avx512dq\n"
+    monkeypatch.setattr(startup.Path, "read_text", lambda path, encoding: config.cpu)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return config
@@ -55,6 +58,23 @@ def test_devices_in_use_stay_as_they_are():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=_CHECKOUT)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_wide_vectors_where_the_cpu_has_them(config):
+    startup.start_jax()
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_prefer_vector_width=512"
+
+
+@pytest.mark.parametrize("reason", ["no AVX-512", "said before", "a version that was not tried"])
+def test_vectors_stay_as_they_are(config, monkeypatch, reason):
+    flags = "--xla_cpu_prefer_vector_width=128" if reason == "said before" else "--xla_a=1"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    if reason == "no AVX-512":
+        config.cpu = "flags\t: sse2 avx2\n"
+    if reason == "a version that was not tried":
+        monkeypatch.setattr(startup, "version", lambda package: "0.13.0")
+    startup.start_jax()
+    assert os.environ["XLA_FLAGS"] == flags
 
 
 def test_programs_are_kept_in_the_users_cache_folder(config, tmp_path):
