@@ -1,6 +1,6 @@
 """The command `ralenet benchmark`: what training, inference and the rest cost, alone or in turns with peers.
 
-Training is timed as `ralenet train` runs it: batches put together on the host, K scanned steps in one dispatch over
+Training is timed as `ralenet train` runs it: batches put together on the host, K steps in one dispatch over
 all devices, noise mixed there, scalars fetched before the next dispatch. Only the data is made up. Inference is the
 model alone on a batch that lies on the devices. Every measurement is one JSON line on stdout; the last sums them up.
 """

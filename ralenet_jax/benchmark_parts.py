@@ -255,7 +255,7 @@ def start(config: ConfigDict, data_dir: str) -> dict:
     batch = config.train.batch_size
     settings = {
         "num_devices": config.num_devices,
-        "train.epochs": 1,  # and a short one: the last step's line is printed at once, if no other was
+        "train.epochs": 1,  # and a short one: little is read before the first step
         "data.num_train": _START_STEPS * batch,
         "data.num_windows": (_START_STEPS + 1) * batch,
     }
