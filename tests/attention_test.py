@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ralenet_jax.models import attention
 from ralenet_jax.models.attention import attend
 
-HEADS, BATCH, HEAD_DIM, LENGTH, WINDOW = 2, 3, 4, 24, 8
+HEADS, BATCH, HEAD_DIM, LENGTH, WINDOW = 2, 4, 4, 24, 8
 
 
 def plain(query, key, value, bias, starts):
@@ -46,7 +47,7 @@ def test_fixed_window_agrees_with_twin(start):
 
 
 def test_windows_of_each_example_agree_with_twin():
-    starts = [8, -3, 20]
+    starts = [8, -3, 20, 0]
     ours = lambda *arguments: attend(*arguments, jnp.array(starts))  # noqa: E731
     assert_same_with_gradients(ours, lambda *arguments: plain(*arguments, starts), inputs())
 
@@ -54,6 +55,28 @@ def test_windows_of_each_example_agree_with_twin():
 def test_no_bias_agrees_with_twin():
     *features, bias = inputs()
     assert_same_with_gradients(attend, lambda *features: plain(*features, 0 * bias, [0] * BATCH), features)
+
+
+@pytest.mark.parametrize("starts", [None, 8, [8, -3, 20, 0]], ids=["no bias", "fixed window", "windows of each"])
+def test_batch_in_pieces_agrees_with_twin(starts, monkeypatch):
+    # Maps of two examples fit for the queries outside the window.
+    monkeypatch.setattr(attention, "_PIECE_BYTES", 2 * 4 * HEADS * LENGTH * LENGTH)
+    jax.clear_caches()
+    *features, bias = inputs()
+    if starts is None:
+        ours, twin = attend, lambda *features: plain(*features, 0 * bias, [0] * BATCH)
+        arguments = features
+    else:
+        arguments = [*features, bias]
+        each = [starts] * BATCH if isinstance(starts, int) else starts
+        ours = lambda *a: attend(*a, starts if isinstance(starts, int) else jnp.array(starts))  # noqa: E731
+        twin = lambda *a: plain(*a, each)  # noqa: E731
+    assert "scan" in str(jax.make_jaxpr(ours)(*arguments))
+    assert_same_with_gradients(ours, twin, arguments)
+    monkeypatch.setattr(attention, "_PIECE_BYTES", 1)  # one by one
+    jax.clear_caches()
+    assert_same_with_gradients(ours, twin, arguments)
+    jax.clear_caches()
 
 
 def test_weights_worked_by_hand():

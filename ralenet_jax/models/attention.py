@@ -9,6 +9,10 @@ map of their own, and only that one gets the bias.
 import jax
 import jax.numpy as jnp
 
+# On a CPU, memory above the allocator's limit of 32 MB comes anew from the system for every batch, its pages to be
+# cleared first, and maps that fit the cache are read from there. Smaller pieces than this lose by their own cost.
+_PIECE_BYTES = 2**23
+
 
 def attend(query, key, value, bias=None, start=None):
     """Softmax attention with a bias on a square window of its logits.
@@ -64,7 +68,54 @@ def _attend_around_each(query, key, value, bias, starts):
 @jax.custom_vjp
 def _attend(query, key, value, bias):
     """Attention of queries `[H, B, D, Q]` to keys and values `[H, B, D, L]`; bias `[H, 1 or B, Q, L]` or None."""
-    return _forward(query, key, value, bias)[0]
+    pieces = _pieces(query, key)
+    if pieces == 1:
+        return _forward(query, key, value, bias)[0]
+    out = _map_pieces(lambda *piece: _forward(*piece)[0], pieces, query, key, value, bias)
+    return _join(out, query)
+
+
+def _attend_forward(query, key, value, bias):
+    if _pieces(query, key) == 1:
+        return _forward(query, key, value, bias)
+    return _attend(query, key, value, bias), (query, key, value, bias)
+
+
+def _attend_backward(residuals, d_out):
+    if len(residuals) > 4:
+        return _backward(residuals, d_out)
+    # Maps in pieces are not kept: to compute them again costs less than the memory.
+    pieces = _pieces(*residuals[:2])
+    gradients = _map_pieces(lambda d, *piece: _backward(_forward(*piece)[1], d), pieces, d_out, *residuals)
+    return tuple(jax.tree.map(_join, gradients, residuals))
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _pieces(query, key):
+    """Into how many pieces the batch is cut; a batch of any size, as in an exported program, is not."""
+    heads, batch, _, queries = query.shape
+    if jax.default_backend() != "cpu" or not isinstance(batch, int):
+        return 1
+    fit = max(_PIECE_BYTES // (4 * heads * queries * key.shape[3]), 1)
+    return next(pieces for pieces in range(1, batch + 1) if batch % pieces == 0 and batch // pieces <= fit)
+
+
+def _map_pieces(function, pieces, *arrays):
+    """Maps a function over pieces of the batch, one after the other; what has a batch of 1 goes into all."""
+
+    def cut(x):
+        if x.shape[1] == 1:
+            return jnp.broadcast_to(x, (pieces, *x.shape))
+        return jnp.moveaxis(x.reshape(x.shape[0], pieces, -1, *x.shape[2:]), 1, 0)
+
+    return jax.lax.map(lambda piece: function(*piece), jax.tree.map(cut, arrays))
+
+
+def _join(pieces, whole):
+    """Puts mapped pieces together to the shape of `whole`; what went into all is summed."""
+    return pieces.sum(0) if whole.shape[1] == 1 else jnp.moveaxis(pieces, 0, 1).reshape(whole.shape)
 
 
 def _forward(query, key, value, bias):
@@ -88,9 +139,6 @@ def _backward(residuals, d_out):
     shared = bias is not None and bias.shape[1] < d_logits.shape[1]
     d_bias = None if bias is None else d_logits.sum(1, keepdims=True) if shared else d_logits
     return d_query, d_key, d_value, d_bias
-
-
-_attend.defvjp(_forward, _backward)
 
 
 def _transpose(x):
