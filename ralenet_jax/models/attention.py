@@ -98,7 +98,7 @@ def _pieces(query, key):
     heads, batch, _, queries = query.shape
     if jax.default_backend() != "cpu" or not isinstance(batch, int):
         return 1
-    fit = max(_PIECE_BYTES // (4 * heads * queries * key.shape[3]), 1)
+    fit = max(_PIECE_BYTES // max(4 * heads * queries * key.shape[3], 1), 1)
     return next(pieces for pieces in range(1, batch + 1) if batch % pieces == 0 and batch // pieces <= fit)
 
 
