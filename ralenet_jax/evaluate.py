@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ralenet_jax import checkpoint, heartbeats, input_pipeline, noise, optim, provenance, steps, writer
+from ralenet_jax import checkpoint, input_pipeline, noise, optim, provenance, steps, writer
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
 
@@ -183,6 +183,8 @@ def _check_recordings(config: ConfigDict, conditions: list[tuple], records: str 
 
 def _heartbeats(config, model, state, split, records, names, conditions, log) -> dict[str, dict[str, float]]:
     """R-peak F1 of whole recordings, `heartbeats.evaluate_recordings` with this model and this split's noise."""
+    from ralenet_jax import heartbeats  # with SciPy's signal processing and wfdb half of what a start imports
+
     recordings = input_pipeline.read_noise(config)
     start, end = input_pipeline.noise_span(config, split, recordings.shape[1])
     apply = jax.jit(model.apply)

@@ -178,6 +178,10 @@ class Block(nn.Module):
         return x + feed_forward(LayerNorm(name="feed_forward_norm")(x))
 
 
+# Traced once for each shape instead of for each of the 18 blocks.
+_TracedOnce = nn.jit(Block, static_argnums=(3,))
+
+
 class PatchMerging(nn.Module):
     """Halves the samples and doubles the channels: those of the even samples, then those of the odd ones."""
 
@@ -240,9 +244,12 @@ class RALENet(nn.Module):
         bottom = LEVELS - 1
         windows = [self._r_wave_window(level, x.shape[1], r_peak) for level in range(bottom)]
 
+        # While initial values are drawn every block needs a trace of its own; and only a static start can be shared.
+        block_class = Block if self.is_initializing() or r_peak is not None else _TracedOnce
+
         def two_blocks(name, y, window=(None, None)):
             for i in range(2):
-                block = Block(self.local_enhancement, self.efficient_channel_attention, name=f"{name}_{i}")
+                block = block_class(self.local_enhancement, self.efficient_channel_attention, name=f"{name}_{i}")
                 y = block(y, *window)
             return y
 
