@@ -60,6 +60,11 @@ def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not readable as JSON ({error}); delete it to go on without") from error
 
 
+def is_saved(workdir: str | Path) -> bool:
+    """Whether there is a checkpoint in `workdir` to resume from; nothing is written to find out."""
+    return bool(ocp.utils.checkpoint_steps(_directory(workdir)))
+
+
 def claim(workdir: str | Path, config: ConfigDict) -> None:
     """Makes `workdir` this run's, or checks that the run there has the same configuration.
 
@@ -83,6 +88,10 @@ def claim(workdir: str | Path, config: ConfigDict) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --workdir") from error
 
 
+def _directory(workdir: str | Path) -> Path:
+    return Path(workdir).absolute() / "checkpoints"
+
+
 def _score(metrics: dict[str, float]) -> float:
     return metrics[_METRIC]
 
@@ -101,7 +110,7 @@ class Checkpointer:
             best_fn=_score,  # without it the metrics are not written, and a resumed run does not know its best
             cleanup_tmp_directories=True,
         )
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = _directory(workdir)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpointer":
