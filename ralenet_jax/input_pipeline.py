@@ -66,7 +66,7 @@ def open_shards(data_dir: str | Path, name: str) -> tfds.core.DatasetBuilder:
 
 def read_windows(builder: tfds.core.DatasetBuilder, ids: np.ndarray) -> Windows:
     """Reads the windows with these places in `ds1+ds2+paced`, in this order."""
-    source = builder.as_data_source("+".join(_split_sizes(builder)))
+    source = builder.as_data_source("+".join(split_sizes(builder)))
     names = ("signal", "gain", "baseline", "record", "symbol")
     columns = {name: [] for name in names}
     for start in range(0, len(ids), _READ_AT_ONCE):
@@ -78,7 +78,8 @@ def read_windows(builder: tfds.core.DatasetBuilder, ids: np.ndarray) -> Windows:
     return Windows(**arrays, **text, id=ids.astype(np.int32))
 
 
-def _split_sizes(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
+def split_sizes(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
+    """Windows of each split that is there, in the order of the ids."""
     return {name: builder.info.splits[name].num_examples for name in _SPLITS if name in builder.info.splits}
 
 
@@ -106,7 +107,7 @@ def read_split(config: ConfigDict, split: str) -> Windows:
         UserError: if the shards are not there, or the configured split leaves a part empty.
     """
     builder = open_shards(config.data.dir, "mitdb")
-    sizes = _split_sizes(builder)
+    sizes = split_sizes(builder)
     if config.protocol == "paper":
         return read_windows(builder, _random_split(config, sum(sizes.values()))[split])
     if config.protocol != "honest":
