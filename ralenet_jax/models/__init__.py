@@ -4,13 +4,19 @@ import dataclasses
 import difflib
 
 from ralenet_jax.errors import UserError
+from ralenet_jax.models.acdae import ACDAE
+from ralenet_jax.models.danet import DANet
 from ralenet_jax.models.ralenet import RALENet
+from ralenet_jax.models.unet import UNet
 
 # name: (Linen module, the fields in which it differs from the module's defaults)
 _MODELS = {
     "ralenet": (RALENet, {}),
     "ralenet_mlp": (RALENet, {"local_enhancement": "none"}),
     "ralenet_nra": (RALENet, {"r_wave_attention": False}),
+    "unet": (UNet, {}),
+    "danet": (DANet, {}),
+    "acdae": (ACDAE, {}),
 }
 MODEL_NAMES = tuple(_MODELS)
 
@@ -41,6 +47,8 @@ def build_model(name, axis_name=None, **overrides):
 
 
 def _nearest(given, known):
+    if not known:
+        return "it has none"
     nearest = difflib.get_close_matches(str(given), known, n=1, cutoff=0)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return f"{hint}known: {', '.join(map(repr, known))}"
