@@ -24,20 +24,26 @@ _MAY_CHANGE = ("data.dir", "num_devices", "train.epochs", "train.eval_every", "t
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file is either the old one or whole."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text so that the file is either the old one or whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary with the keys joined: {"a": {"b": 1}} → {"a.b": 1}."""
+    joined = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        joined |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return joined
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
@@ -65,6 +71,13 @@ def is_saved(workdir: str | Path) -> bool:
     return bool(ocp.utils.checkpoint_steps(_directory(workdir)))
 
 
+def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where two configurations are not of the same run: (key, theirs, mine) for each such key, None where it lacks."""
+    theirs, mine = flat(theirs), flat(mine)
+    keys = [key for key in sorted(theirs.keys() | mine.keys()) if not key.startswith(_MAY_CHANGE)]
+    return [(key, theirs.get(key), mine.get(key)) for key in keys if theirs.get(key) != mine.get(key)]
+
+
 def claim(workdir: str | Path, config: ConfigDict) -> None:
     """Makes `workdir` this run's, or checks that the run there has the same configuration.
 
@@ -74,14 +87,11 @@ def claim(workdir: str | Path, config: ConfigDict) -> None:
     path = Path(workdir) / "config.json"
     mine = json.loads(config.to_json())
     if path.exists():
-        theirs = _flat(json.loads(read_config(workdir).to_json()))
-        for key in sorted(_flat(mine).keys() | theirs.keys()):
-            given, found = _flat(mine).get(key), theirs.get(key)
-            if given != found and not key.startswith(_MAY_CHANGE):
-                raise UserError(
-                    f"{workdir} holds a run with {key}={found}, now {given} was given; "
-                    "use its configuration to resume it, or another --workdir"
-                )
+        for key, found, given in differences(json.loads(read_config(workdir).to_json()), mine):
+            raise UserError(
+                f"{workdir} holds a run with {key}={found}, now {given} was given; "
+                "use its configuration to resume it, or another --workdir"
+            )
     try:
         write_json(path, mine)
     except OSError as error:

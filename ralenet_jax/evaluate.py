@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ralenet_jax import checkpoint, input_pipeline, noise, optim, provenance, steps, writer
+from ralenet_jax import checkpoint, filters, input_pipeline, noise, optim, provenance, steps, writer
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
 
@@ -145,40 +145,90 @@ def evaluate(
     devices = choose_devices(config)
     model, state = restore_state(config, workdir, devices, which)
     windows = input_pipeline.read_split(config, split)
-    recordings = steps.replicate(input_pipeline.read_noise(config), devices)
-    eval_step = steps.build_eval_step(model, config.protocol, devices)
     log(f"evaluating step {int(state.step)} of {workdir} on {len(windows):,} {split} windows, {len(devices)} device(s)")
-    results = {}
-    for condition in conditions:
-        batches = input_pipeline.eval_batches(windows, config.eval.batch_size, len(devices))
-        source = noise_source(config, recordings, split, *condition)
-        results[_name(*condition)] = evaluate_windows(eval_step, state.variables, batches, source)
-    result = {
-        "conditions": results,
-        "split": split,
+    eval_step = steps.build_eval_step(model, config.protocol, devices)
+    result = _measure(config, eval_step, state.variables, windows, split, devices) | {
         "checkpoint": int(state.step),
-        "units": "z-scored" if config.protocol == "paper" else "mV",
         "parameters": train_state.count_parameters(state.params),
         "trainable_parameters": train_state.count_trainable(model, state.params),
         "heartbeats": None,
-        "learning_curve": _learning_curve(workdir),
+        "learning_curve": learning_curve(workdir),
         "trained_from": checkpoint.read_starts(workdir),
-        "provenance": provenance.describe(config, len(devices)),
     }
     log(format_table(result))
     if records is not None:
         names = sorted(set(windows.record.tolist()))
         result["heartbeats"] = _heartbeats(config, model, state, split, records, names, conditions, log)
-    checkpoint.write_json(Path(workdir) / RESULT, result)
-    log(f"written to {Path(workdir) / RESULT}")
+    _write(result, workdir, log)
     return result
 
 
-def _learning_curve(workdir: str | Path) -> list[dict[str, float]]:
-    """The validations of the run in `workdir`: epoch, SNR in dB and RMSE of each."""
+def evaluate_filter(
+    config: ConfigDict, workdir: str | Path, split: str = "test", log: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Evaluates a filter as `evaluate` does a model: the same windows, noise, measures and file.
+
+    Args:
+        config: its `model.name` is one of `filters.FILTERS`.
+        workdir: where `evaluation.json` goes.
+        split: "train", "validation" or "test".
+        log: takes lines of text.
+
+    Raises:
+        UserError: for a missing shard set, or an unknown condition.
+    """
+    devices = choose_devices(config)[:1]
+    windows = input_pipeline.read_split(config, split)
+    apply = filters.FILTERS[config.model.name]
+    log(f"evaluating {config.model.name} on {len(windows):,} {split} windows")
+    mix = jax.jit(functools.partial(steps.denoise_step, _Nothing, config.protocol))
+    measure = jax.jit(steps.measure)
+
+    def eval_step(variables, batch, source):
+        batch = {name: array[0] for name, array in batch.items()}  # of the one device
+        mixed = jax.device_get(mix(variables, batch, source))
+        return measure(mixed["clean"], mixed["noisy"], apply(mixed["noisy"]), batch["mask"])
+
+    result = _measure(config, eval_step, {}, windows, split, devices)
+    log(format_table(result))
+    _write(result, workdir, log)
+    return result
+
+
+class _Nothing:
+    """Stands for a model that gives back what it gets."""
+
+    @staticmethod
+    def apply(_, noisy):
+        return noisy
+
+
+def _measure(config, eval_step, variables, windows, split, devices) -> dict[str, Any]:
+    """What every evaluation holds: its conditions with their measures, and where they came from."""
+    recordings = steps.replicate(input_pipeline.read_noise(config), devices)
+    results = {}
+    for condition in _conditions(config):
+        batches = input_pipeline.eval_batches(windows, config.eval.batch_size, len(devices))
+        source = noise_source(config, recordings, split, *condition)
+        results[_name(*condition)] = evaluate_windows(eval_step, variables, batches, source)
+    return {
+        "conditions": results,
+        "split": split,
+        "units": "z-scored" if config.protocol == "paper" else "mV",
+        "provenance": provenance.describe(config, len(devices)),
+    }
+
+
+def _write(result: dict[str, Any], workdir: str | Path, log: Callable[[str], None]) -> None:
+    checkpoint.write_json(Path(workdir) / RESULT, result)
+    log(f"written to {Path(workdir) / RESULT}")
+
+
+def learning_curve(workdir: str | Path) -> list[dict[str, float]]:
+    """The validations of the run in `workdir`: step, epoch, SNR in dB and RMSE of each."""
     names = ("epoch", "snr_db", "rmse")
     lines = [line for line in writer.read_history(workdir) if "validation/epoch" in line]
-    return [{name: line[f"validation/{name}"] for name in names} for line in lines]
+    return [{"step": line["step"]} | {name: line[f"validation/{name}"] for name in names} for line in lines]
 
 
 def _check_recordings(config: ConfigDict, conditions: list[tuple], records: str | Path) -> None:
@@ -236,13 +286,22 @@ def example_windows(
 ) -> dict[str, np.ndarray]:
     """A few test windows, evenly chosen: "clean", "noisy", "denoised", each `[count, L, C]` in the metrics' units.
 
+    For a filter, which `config.model.name` may name, nothing is read from the work directory.
+
     Raises:
         UserError: for a missing run, checkpoint or shard set.
     """
     devices = choose_devices(config)[:1]
-    model, state = restore_state(config, workdir, devices, which)
+    if config.model.name in filters.FILTERS:
+        model, variables = _Nothing, {}
+    else:
+        model, state = restore_state(config, workdir, devices, which)
+        variables = state.variables
     windows = input_pipeline.read_split(config, "test")
     chosen = windows[np.linspace(0, len(windows) - 1, count).astype(int)]
     source = noise_source(config, input_pipeline.read_noise(config), "test", *_conditions(config)[0])
     step = jax.jit(functools.partial(steps.denoise_step, model, config.protocol))
-    return jax.device_get(step(state.variables, {"clean": chosen.millivolts(), "id": chosen.id}, source))
+    examples = jax.device_get(step(variables, {"clean": chosen.millivolts(), "id": chosen.id}, source))
+    if model is _Nothing:
+        examples["denoised"] = filters.FILTERS[config.model.name](examples["noisy"])
+    return examples

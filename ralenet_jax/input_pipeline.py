@@ -67,7 +67,7 @@ def open_shards(data_dir: str | Path, name: str) -> tfds.core.DatasetBuilder:
 
 def read_windows(builder: tfds.core.DatasetBuilder, ids: np.ndarray) -> Windows:
     """Reads the windows with these places in `ds1+ds2+paced` (mitdb) or `train+test` (ludb), in this order."""
-    source = builder.as_data_source("+".join(_split_sizes(builder)))
+    source = builder.as_data_source("+".join(split_sizes(builder)))
     names = [name for name in ("signal", "gain", "baseline", "record", "symbol") if name in builder.info.features]
     columns = {name: [] for name in names}
     for start in range(0, len(ids), _READ_AT_ONCE):
@@ -82,7 +82,8 @@ def read_windows(builder: tfds.core.DatasetBuilder, ids: np.ndarray) -> Windows:
     return Windows(**given, id=ids.astype(np.int32))
 
 
-def _split_sizes(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
+def split_sizes(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
+    """Windows of each split that is there, in the order of the ids."""
     splits = builder.info.splits
     return {name: splits[name].num_examples for name in _SPLITS[builder.name] if name in splits}
 
@@ -127,7 +128,7 @@ def read_split(config: ConfigDict, split: str) -> Windows:
         UserError: if the shards are not there, or the configured split leaves a part empty.
     """
     builder = _open_database(config)
-    sizes, database = _split_sizes(builder), config.data.database
+    sizes, database = split_sizes(builder), config.data.database
     if config.protocol not in noise.PROTOCOLS:
         raise UserError(f"protocol is {config.protocol!r}; expected one of {', '.join(noise.PROTOCOLS)}")
     honest = config.protocol == "honest"

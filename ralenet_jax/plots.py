@@ -109,6 +109,44 @@ def learning_curve(path: str | os.PathLike, history: Sequence[Mapping[str, Any]]
     return _write(figure, path)
 
 
+def table_figure(
+    path: str | os.PathLike,
+    columns: Sequence[str],
+    rows: Mapping[str, Sequence[str]],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+) -> Path:
+    """Draws a table and, below it, learning curves, as a PNG.
+
+    Args:
+        path: of the file; it appears whole or not at all.
+        columns: the titles of the columns.
+        rows: the texts of each row by its title, one for each column.
+        curves: by the name of each run its validations, {"epoch", "snr_db"} (dB); none, no curves.
+
+    Returns:
+        The path.
+    """
+    height = 0.6 + 0.26 * len(rows)
+    figure = Figure(figsize=(3 + 1.3 * len(columns), height + (4.5 if curves else 0)), dpi=110, layout="constrained")
+    panels = figure.subplots(2, 1, height_ratios=(height, 4.5)) if curves else [figure.subplots()]
+    panels[0].axis("off")
+    texts = panels[0].table([list(row) for row in rows.values()], rowLabels=list(rows), colLabels=columns, loc="center")
+    texts.auto_set_font_size(False)
+    texts.set_fontsize(9)
+    for cell in texts.get_celld().values():
+        cell.set_edgecolor("#dddddd")
+    if curves:
+        lines = ("-", "--", ":", "-.")  # the ten colours come again
+        for number, (name, points) in enumerate(curves.items()):
+            epochs, snr_db = [point["epoch"] for point in points], [point["snr_db"] for point in points]
+            panels[1].plot(epochs, snr_db, lines[number // 10 % len(lines)], linewidth=1, label=name)
+        panels[1].set_xlabel("epoch")
+        panels[1].set_ylabel("validation SNR in dB")
+        panels[1].grid(color="#eeeeee")
+        figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right lower", fontsize=8, frameon=False)
+    return _write(figure, path)
+
+
 def _snr_db(clean: np.ndarray, other: np.ndarray) -> float:
     """Signal-to-noise ratio of one window over all its leads, dB."""
     with np.errstate(divide="ignore", invalid="ignore"):  # a perfect one has inf

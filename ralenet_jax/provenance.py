@@ -51,11 +51,14 @@ def describe(config: ConfigDict, num_devices: int) -> dict[str, Any]:
     for name in (config.data.database, "nstdb"):
         builder = input_pipeline.open_shards(config.data.dir, name)
         data[name] = {"source": builder.info.metadata["source"], "digest": builder.info.metadata["digest"]}
+    return {"config": settings} | software(num_devices) | {"data": data}
+
+
+def software(num_devices: int) -> dict[str, Any]:
+    """The part of it that is the same for all data: revision, versions, devices."""
     device = jax.devices()[0]
     return {
-        "config": settings,
         "revision": revision(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "device": {"kind": device.device_kind, "platform": device.platform, "count": num_devices},
-        "data": data,
     }

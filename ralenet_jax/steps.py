@@ -74,35 +74,36 @@ def train_step(model, optimizer, protocol: str, fresh: bool, state, batch, sourc
     return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), scalars
 
 
-def eval_step(model, protocol: str, state_variables, batch, source: NoiseSource) -> dict[str, dict[str, jax.Array]]:
-    """Sums of all measures over this batch's windows, on all devices.
-
-    `batch` holds "clean" `[B, L, C]` in mV, "id" and "mask" float32 `[B]` (0: padding, not counted).
+def measure(clean, noisy, denoised, mask) -> dict[str, dict[str, jax.Array]]:
+    """Sums of all measures over windows `[B, L, C]`, of which `mask` `[B]` counts those that are not 0.
 
     Returns:
-        {"denoised": sums, "noisy": sums}: the model's output, and its input as it came; with the "count" of windows.
+        {"denoised": sums, "noisy": sums}: the denoiser's output, and its input as it came; with the "count" of windows.
     """
-    mixture = _noisy_windows(protocol, source, batch, source.key, None)
-    output = model.apply(state_variables, mixture.noisy)
-    # Measured after undoing the normalisation, against the centred clean window: an offset is not signal.
-    clean, noisy, denoised = (
-        window * mixture.scale + mixture.offset for window in (mixture.clean, mixture.noisy, output)
-    )
-    sums = {
+    return {
         name: {
-            metric: jnp.sum(jnp.where(batch["mask"] > 0, values, 0.0))
+            metric: jnp.sum(jnp.where(mask > 0, values, 0.0))
             for metric, values in metrics.window_metrics(clean, noisy, result).items()
         }
-        | {"count": jnp.sum(batch["mask"])}
+        | {"count": jnp.sum(mask)}
         for name, result in (("denoised", denoised), ("noisy", noisy))
     }
-    return jax.lax.psum(sums, AXIS)
+
+
+def eval_step(model, protocol: str, state_variables, batch, source: NoiseSource) -> dict[str, dict[str, jax.Array]]:
+    """Sums of all measures, as `measure` gives them, over this batch's windows, on all devices.
+
+    `batch` holds "clean" `[B, L, C]` in mV, "id" and "mask" float32 `[B]` (0: padding, not counted).
+    """
+    windows = denoise_step(model, protocol, state_variables, batch, source)
+    return jax.lax.psum(measure(**windows, mask=batch["mask"]), AXIS)
 
 
 def denoise_step(model, protocol: str, state_variables, batch, source: NoiseSource) -> dict[str, jax.Array]:
-    """Clean, noisy and denoised windows `[B, L, C]` in the units of the metrics, for a look at them."""
+    """Clean, noisy and denoised windows `[B, L, C]` in the units of the metrics."""
     mixture = _noisy_windows(protocol, source, batch, source.key, None)
     output = model.apply(state_variables, mixture.noisy)
+    # Measured after undoing the normalisation, against the centred clean window: an offset is not signal.
     named = {"clean": mixture.clean, "noisy": mixture.noisy, "denoised": output}
     return {name: window * mixture.scale + mixture.offset for name, window in named.items()}
 

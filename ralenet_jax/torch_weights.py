@@ -13,7 +13,7 @@ import flax
 import numpy as np
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.models import ralenet, twelve_lead
+from ralenet_jax.models import acdae, danet, ralenet, twelve_lead, unet
 
 # Buffers that hold no weights.
 _IGNORED = re.compile(r"(.*\.)?(num_batches_tracked|relative_position_index)")
@@ -30,6 +30,8 @@ class Layout:
 SAME = Layout(np.asarray, np.asarray)
 DENSE = Layout(np.transpose, np.transpose)  # [out, in] → [in, out]
 CONV = Layout(lambda w: w.transpose(2, 1, 0), lambda w: w.transpose(2, 1, 0))  # [out, in, width] → [width, in, out]
+# [in, out, width] → [width, in, out], flipped along the width
+CONV_TRANSPOSE = Layout(lambda w: w.transpose(2, 0, 1)[::-1], lambda w: w[::-1].transpose(1, 2, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +52,11 @@ def from_state_dict(name, state_dict):
         state_dict: {published key: array}, NumPy arrays or what NumPy can read.
 
     Returns:
-        {"params": ..., "batch_stats": ...} of float32 NumPy arrays.
+        {"params": ..., "batch_stats": ...} of float32 NumPy arrays; acdae has no "batch_stats".
 
     Raises:
-        UserError: if a key is missing, unknown, or holds an array of another shape.
+        UserError: if a key is missing, unknown, or holds an array of another shape, or if two keys that are one array
+            in the model differ.
     """
     entries = _entries(name)
     known = {entry.key for entry in entries}
@@ -69,7 +72,10 @@ def from_state_dict(name, state_dict):
             raise UserError(
                 f"weight {entry.key!r} has shape {list(array.shape)}; model {name!r} expects {list(entry.shape)}"
             )
-        variables[entry.path] = np.ascontiguousarray(entry.layout.to_flax(array))
+        array = np.ascontiguousarray(entry.layout.to_flax(array))
+        if not np.array_equal(array, variables.setdefault(entry.path, array)):
+            first = next(other.key for other in entries if other.path == entry.path)
+            raise UserError(f"weights {first!r} and {entry.key!r} differ; in model {name!r} they are one and the same")
     return flax.traverse_util.unflatten_dict(variables)
 
 
@@ -111,6 +117,11 @@ def _conv(key, path, features_in, features_out, width, bias=True):
     yield Entry(f"{key}.weight", ("params", *path, "kernel"), (features_out, features_in, width), CONV)
     if bias:
         yield Entry(f"{key}.bias", ("params", *path, "bias"), (features_out,))
+
+
+def _conv_transpose(key, path, features_in, features_out, width):
+    yield Entry(f"{key}.weight", ("params", *path, "kernel"), (features_in, features_out, width), CONV_TRANSPOSE)
+    yield Entry(f"{key}.bias", ("params", *path, "bias"), (features_out,))
 
 
 def _norm(key, path, features):
@@ -189,9 +200,74 @@ def _ralenet_12lead():
     return entries
 
 
+def _levels(channels, widths):
+    """Of a rival: every level, channels above and below it, width, and its place in the decoder, which goes upwards."""
+    last = len(channels) - 1
+    return [
+        (level, above, below, width, last - level)
+        for level, (above, below, width) in enumerate(zip((2, *channels[:-1]), channels, widths, strict=True))
+    ]
+
+
+def _unet():
+    bottom = unet.CHANNELS[-1]
+    entries = []
+    for level, above, below, width, i in _levels(unet.CHANNELS, (3, 3, 3, 3)):
+        entries += _conv(f"EncList.{level}.conv", (f"encoder{level}",), above, below, width)
+        entries += _batch_norm(f"EncList.{level}.bn", (f"encoder{level}_norm",), below)
+        entries += _conv_transpose(f"DecList.{i}.conv", (f"decoder{level}",), below, above, 4)
+        entries += _batch_norm(f"DecList.{i}.bn", (f"decoder{level}_norm",), above)
+    for i, width in enumerate((1, 3, 1)):
+        entries += _conv(f"bottleneck.{3 * i}", (f"bottleneck{i}",), bottom, bottom, width)
+    for i in range(2):
+        entries += _batch_norm(f"bottleneck.{3 * i + 2}", (f"bottleneck{i}_norm",), bottom)
+    return entries
+
+
+def _danet_gate(key, path, features_in, features_out):
+    yield from _dense(f"{key}.0", (path, "gate", "hidden"), features_in, features_in)
+    yield from _batch_norm(f"{key}.1", (path, "gate", "hidden_norm"), features_in)
+    yield from _dense(f"{key}.3", (path, "gate", "out"), features_in, features_out)
+    yield from _batch_norm(f"{key}.4", (path, "gate", "out_norm"), features_out)
+
+
+def _danet_activation(key, path, features):
+    yield from _danet_gate(f"{key}.activate.fcn", f"{path}_activation", 2 * features, features)
+    yield from _batch_norm(f"{key}.bn", (f"{path}_norm",), features)
+
+
+def _danet():
+    entries = []
+    for level, above, below, width, i in _levels(danet.CHANNELS, danet.ENCODER_WIDTHS):
+        key, path = f"enc.EncoderList.cell{level}", f"encoder{level}"
+        entries += _conv(f"{key}.conv", (path,), above, below, width)
+        entries += _danet_activation(key, path, below)
+        key, path = f"dec.DecoderList.{i}", f"decoder{level}"
+        entries += _conv_transpose(f"{key}.deconv", (path,), below, above, danet.DECODER_WIDTHS[level])
+        entries += _danet_activation(key, path, above)
+        if level:
+            attention = f"{path}_attention"
+            for name in ("fcn1", "fcn2"):  # one module under two names
+                entries += _danet_gate(f"{key}.dam.{name}", attention, above, above)
+            entries += _conv(f"{key}.dam.convsa", (attention, "sample"), 2, 1, 1)
+    return entries
+
+
+def _acdae():
+    entries = []
+    for level, above, below, width, i in _levels(acdae.CHANNELS, acdae.WIDTHS):
+        entries += _conv(f"EncList.{level}.conv", (f"encoder{level}",), above, below, width)
+        entries += _conv_transpose(f"DecList.{i}.conv", (f"decoder{level}",), below, above, width)
+        entries += _conv(f"DecList.{i}.ECA.conv", (f"decoder{level}_attention",), 1, 1, 3, bias=False)
+    return entries
+
+
 _PUBLISHED = {
     "ralenet": _ralenet,
     "ralenet_mlp": lambda: _ralenet(local=False),
     "ralenet_nra": lambda: _ralenet(r_wave=False),
     "ralenet_12lead": _ralenet_12lead,
+    "unet": _unet,
+    "danet": _danet,
+    "acdae": _acdae,
 }

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ralenet_jax.errors import UserError
 from ralenet_jax.models.batch_norm import BatchNorm
 
 X = np.random.default_rng(0).normal(3.0, 2.0, (4, 6, 5)).astype(np.float32)
@@ -62,3 +63,8 @@ def test_fresh_variables_are_pytorchs():
     fresh = BatchNorm(axis_name="batch").init(jax.random.key(0), jnp.asarray(X), train=True)
     assert {key: float(value[0]) for key, value in fresh["params"].items()} == {"scale": 1.0, "bias": 0.0}
     assert {key: float(value[0]) for key, value in fresh["batch_stats"].items()} == {"mean": 0.0, "var": 1.0}
+
+
+def test_one_value_for_each_channel_is_refused():
+    with pytest.raises(UserError, match="2 windows or more"):
+        BatchNorm().apply(VARIABLES, jnp.ones((1, 5)), train=True, mutable=["batch_stats"])

@@ -4,12 +4,22 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from torch_layers import random_variables
 
 from ralenet_jax.errors import UserError
 from ralenet_jax.models import MODEL_NAMES, build_model
 
-PARAMETERS = {"ralenet": 1_087_282, "ralenet_mlp": 1_087_228, "ralenet_nra": 1_086_800}  # the published counts
+PARAMETERS = {  # the published counts
+    "ralenet": 1_087_282,
+    "ralenet_mlp": 1_087_228,
+    "ralenet_nra": 1_086_800,
+    "unet": 10_374,
+    "danet": 18_009,
+    "acdae": 151_726,
+}
+RIVALS = ("unet", "danet", "acdae")
 
 
 def count_parameters(model):
@@ -37,6 +47,8 @@ def test_options_change_the_model():
         ("ralenet", {"r_wave_atention": False}, ["'r_wave_atention'", "did you mean 'r_wave_attention'"]),
         ("ralenet", {"local_enhancement": "depthwize"}, ["'depthwize'", "did you mean 'depthwise'"]),
         ("ralenet", {"axis": "batch"}, ["'axis'", "known: 'local_enhancement'"]),
+        ("unett", {}, ["'unett'", "did you mean 'unet'"]),
+        ("unet", {"local_enhancement": "none"}, ["'unet'", "'local_enhancement'", "it has none"]),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(name, options, told):
@@ -44,3 +56,34 @@ def test_unknown_names_are_refused_with_the_nearest(name, options, told):
         build_model(name, **options)
     for part in told:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["unet", "danet"])
+def test_rival_over_two_devices_is_one_model(name):
+    variables = random_variables(name)
+    x = np.random.default_rng(1).standard_normal((4, 32, 2)).astype(np.float32)
+
+    def train(x, axis_name=None):
+        return build_model(name, axis_name).apply(variables, x, train=True, mutable=["batch_stats"])
+
+    whole, updates = jax.jit(train)(x)
+    halves = jax.pmap(lambda x: train(x, "batch"), axis_name="batch", devices=jax.local_devices()[:2])
+    y, of_devices = halves(x.reshape(2, 2, 32, 2))
+    np.testing.assert_allclose(y.reshape(x.shape), whole, atol=1e-5)
+    jax.tree.map(lambda two, one: np.testing.assert_allclose(two, [one] * 2, atol=1e-6), of_devices, updates)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rival_takes_other_lengths_and_leads_and_any_r_peak(name):
+    model = build_model(name)
+    x = jnp.zeros((3, 48, 12))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert jax.eval_shape(model.apply, variables, x).shape == (3, 48, 12)
+    assert jax.eval_shape(model.apply, variables, x, jnp.zeros(3, jnp.int32)).shape == (3, 48, 12)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("shape", [(1, 250, 2), (256, 2), (1, 0, 2)])
+def test_rival_refuses_bad_shapes(name, shape):
+    with pytest.raises(UserError, match=r"expected \[B, L, leads\] with L divisible by 16"):
+        jax.eval_shape(build_model(name).init, jax.random.key(0), jnp.zeros(shape))

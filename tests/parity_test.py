@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import ralenet
 from ralenet_jax.models import build_model
@@ -31,7 +32,7 @@ def _ours(name, data):
 
     def loss_of(params, batch_stats):
         y, updates = model.apply({"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"])
-        return jnp.mean(jnp.square(y - target)), (y, updates["batch_stats"])
+        return jnp.mean(jnp.square(y - target)), (y, updates.get("batch_stats", {}))
 
     @jax.jit
     def step(params, batch_stats, moments):
@@ -41,7 +42,8 @@ def _ours(name, data):
 
     evaluate = jax.jit(model.apply)
     ours = {"output_eval": evaluate(variables, x), "adam_losses": []}
-    params, batch_stats, moments = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    moments = optimizer.init(params)
     for i in range(STEPS):
         params, batch_stats, moments, loss, y = step(params, batch_stats, moments)
         ours["adam_losses"].append(loss)
@@ -56,14 +58,23 @@ def _relative(ours, published):
 
 
 def _figures(name, data):
-    """The largest differences: absolute for outputs, relative for losses and running statistics."""
+    """The largest differences: absolute for outputs, relative for losses and running statistics.
+
+    The running statistics are also compared relative to what they normalise: a mean to the standard deviation.
+    """
     ours = _ours(name, data)
     outputs = ("output_eval", "output_train", "output_eval_after_10_adam_steps")
     figures = {key: float(np.max(np.abs(np.asarray(ours[key]) - _channels_last(data[key])))) for key in outputs}
     figures["adam_losses"] = _relative(ours["adam_losses"], data["adam_losses"])
     state = _group(data, "state_dict") | _group(data, "running_after_1")
-    published = from_state_dict(name, state)["batch_stats"]
-    figures["running_after_1"] = max(jax.tree.leaves(jax.tree.map(_relative, ours["batch_stats"], published)))
+    published = flatten_dict(from_state_dict(name, state).get("batch_stats", {}))
+    running = flatten_dict(ours["batch_stats"])
+    assert running.keys() == published.keys()
+    figures["running_after_1"] = max((_relative(running[path], published[path]) for path in running), default=0.0)
+    scales = {path: published[*path[:-1], "var"] ** (0.5 if path[-1] == "mean" else 1) for path in published}
+    figures["running_after_1_to_scale"] = max(
+        (float(np.max(np.abs(running[path] - published[path]) / scales[path])) for path in running), default=0.0
+    )
     return figures
 
 
@@ -73,13 +84,18 @@ LIMITS = {
     "adam_losses": 1e-5,
     "output_eval_after_10_adam_steps": 4e-5,
     "running_after_1": 1e-6,
+    "running_after_1_to_scale": 1e-6,
 }
+# A bias in front of a BatchNorm has no gradient but rounding, which Adam turns into whole steps. A running mean may
+# come so near to zero that its rounding is large beside it: in float64 our danet is 1.5e-5 from the published one.
+NORMALISED = LIMITS | {"output_eval_after_10_adam_steps": 3e-2, "running_after_1": 3e-5}
+LIMITS_OF = {"unet": NORMALISED, "danet": NORMALISED | {"output_train": 5e-5}}
 
 
-@pytest.mark.parametrize("name", ["ralenet", "ralenet_mlp", "ralenet_nra", "ralenet_12lead"])
+@pytest.mark.parametrize("name", ["ralenet", "ralenet_mlp", "ralenet_nra", "ralenet_12lead", "unet", "danet", "acdae"])
 def test_model_agrees_with_published_model(name, shared, capsys):
     figures = _figures(name, np.load(shared / "parity" / f"{name}.npz"))
     with capsys.disabled():
         print(f"\nparity of {name}: " + ", ".join(f"{key} {value:.1e}" for key, value in figures.items()))
-    for key, limit in LIMITS.items():
+    for key, limit in LIMITS_OF.get(name, LIMITS).items():
         assert figures[key] <= limit, key

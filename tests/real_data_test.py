@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_prep import prepare
-from ralenet_jax import input_pipeline, noise
+from ralenet_jax import filters, input_pipeline, noise
 from ralenet_jax.main import load_config
 
 # de Chazal et al. (2004), with 202 moved to DS1 since 201 and 202 are one person.
@@ -65,3 +65,18 @@ def test_paper_windows_are_drawn_once_and_split(prepared):
     train, test = (input_pipeline.read_split(config, name) for name in ("train", "test"))
     assert (len(train), len(test)) == (8_000, 2_000)
     assert len(set(train.id.tolist()) | set(test.id.tolist())) == 10_000
+
+
+def test_wavelet_row_of_the_published_table(prepared):
+    config = load_config("ralenet", [f"data.dir={str(prepared)!r}"])
+    windows, recordings = input_pipeline.read_split(config, "train"), input_pipeline.read_noise(config)
+    keys = noise.window_keys(jax.random.key(0), windows.id, None)
+    mix = jax.jit(noise.mix, static_argnums=0)
+    # RMSE at -4 dB; that of the noisy windows is sqrt(10^0.4) = 1.5849.
+    for kind, published in {"bw": 1.5824, "ma": 1.5455, "em": 1.5811, "emb": 1.5786}.items():
+        chosen = noise.condition(kind, -4.0, None, (0, recordings.shape[1]))
+        mixture = jax.device_get(mix("paper", recordings, chosen, windows.millivolts(), keys))
+        rmse = np.sqrt(np.square(filters.dwt(mixture.noisy) - mixture.clean).mean((1, 2)))
+        # Other windows and other noise than the published ones; both means are of 8,000.
+        chance = 3 * rmse.std() * np.sqrt(2 / len(rmse))
+        assert abs(rmse.mean() - published) < chance, kind

@@ -63,9 +63,13 @@ def _largest_difference(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.max(np.abs(x - y)), a, b)))
 
 
-@pytest.mark.parametrize("name", ["small", "ralenet"])
+# The rivals' forward pass over two devices is tested with every model; their gradients take long to compile.
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("unet", "danet")]
+
+
+@pytest.mark.parametrize("name", ["small", "ralenet", *_SLOW])
 def test_one_and_two_devices_agree_after_one_sgd_step(name, small):
-    setup = small if name == "small" else _Setup(build_model("ralenet", axis_name=steps.AXIS))
+    setup = small if name == "small" else _Setup(build_model(name, axis_name=steps.AXIS))
     (one, one_scalars), (two, two_scalars) = setup.run(1), setup.run(2)
     assert _largest_difference(one.params, two.params) < 1e-6
     assert _largest_difference(one.batch_stats, two.batch_stats) < 1e-6

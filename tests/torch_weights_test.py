@@ -9,7 +9,7 @@ from ralenet_jax.errors import UserError
 from ralenet_jax.models import build_model
 from ralenet_jax.torch_weights import from_state_dict, to_state_dict
 
-NAMES = ("ralenet", "ralenet_mlp", "ralenet_nra")
+NAMES = ("ralenet", "ralenet_mlp", "ralenet_nra", "unet", "danet", "acdae")
 
 
 def random_variables(name):
@@ -47,6 +47,26 @@ def test_layouts_by_hand():
     np.testing.assert_array_equal(variables["batch_stats"]["stem_norm"]["var"], weights["conv1.2.running_var"])
     table = weights["rwattn4.relative_position_bias_table"]
     np.testing.assert_array_equal(params["r_wave3"]["table"], table)
+
+
+def test_transposed_convolution_is_turned_and_flipped():
+    weights = to_state_dict("danet", random_variables("danet"))
+    deconvolution = weights["dec.DecoderList.2.deconv.weight"]  # [in, out, width]
+    assert deconvolution.shape == (8, 4, 18)
+    kernel = from_state_dict("danet", weights)["params"]["decoder1"]["kernel"]
+    assert kernel[0, 7, 2] == deconvolution[7, 2, 17]
+    assert kernel[15, 3, 1] == deconvolution[3, 1, 2]
+
+
+def test_weights_under_two_names_are_written_twice_and_must_be_equal():
+    weights = to_state_dict("danet", random_variables("danet"))
+    shared = [key for key in weights if ".fcn1." in key]
+    assert len(shared) == 3 * 12  # three attentions of two dense layers and two normalisations
+    for key in shared:
+        np.testing.assert_array_equal(weights[key], weights[key.replace("fcn1", "fcn2")])
+    key = "dec.DecoderList.1.dam.fcn2.4.running_mean"
+    with pytest.raises(UserError, match=r"'dec\.DecoderList\.1\.dam\.fcn1\.4\.running_mean' and .*fcn2.*differ"):
+        from_state_dict("danet", weights | {key: weights[key] + 1})
 
 
 def test_block_names_of_the_variant_without_r_wave_attention():

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ralenet_jax.errors import UserError
+
 
 class BatchNorm(nn.Module):
     """Normalises every channel over the global batch (Ioffe and Szegedy 2015), as `torch.nn.BatchNorm1d` does.
@@ -25,7 +27,11 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        """Any shape → the same shape; with `train` the collection "batch_stats" has to be mutable."""
+        """Any shape → the same shape; with `train` the collection "batch_stats" has to be mutable.
+
+        Raises:
+            UserError: if `train` meets one value for each channel, over all devices.
+        """
         channel_axis = self.channel_axis % x.ndim
         axes = tuple(axis for axis in range(x.ndim) if axis != channel_axis)
         channels = (x.shape[channel_axis],)
@@ -42,6 +48,8 @@ class BatchNorm(nn.Module):
             var = self._mean_over_devices(jnp.square(x - spread(mean)).mean(axes))
             if not self.is_initializing():
                 count = x.size // channels[0] * self._devices()
+                if count == 1:
+                    raise UserError("one value for each channel has no variance; train on batches of 2 windows or more")
                 running_mean.value += self.momentum * (mean - running_mean.value)
                 running_var.value += self.momentum * (var * (count / (count - 1)) - running_var.value)
         else:

@@ -12,7 +12,9 @@ import numpy as np
 from ralenet_jax.errors import UserError
 from ralenet_jax.models.attention import attend
 from ralenet_jax.models.batch_norm import BatchNorm
+from ralenet_jax.models.convolution import Conv
 from ralenet_jax.models.initializers import uniform
+from ralenet_jax.models.inputs import check_windows
 
 LEVELS = 5
 STEM_WIDTH = 8
@@ -52,24 +54,6 @@ class Dense(nn.Module):
         if self.use_bias:
             y += self.param("bias", uniform(channels), (self.features,))[:, None, None]
         return y
-
-
-class Conv(nn.Module):
-    """Convolution of width 3 along the samples, zeros beyond the edges."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x):
-        """`[C, B, L]` → `[features, B, L]`."""
-        channels, batch, length = x.shape
-        fan_in = 3 * channels
-        kernel = self.param("kernel", uniform(fan_in), (3, channels, self.features))
-        bias = self.param("bias", uniform(fan_in), (self.features,))
-        # One product over taps and channels: with so few channels it beats the convolution of the library.
-        taps = jnp.concatenate(_shifts(x)).reshape(fan_in, batch * length)
-        y = (kernel.reshape(fan_in, self.features).T @ taps).reshape(self.features, batch, length)
-        return y + bias[:, None, None]
 
 
 class LayerNorm(nn.Module):
@@ -253,7 +237,7 @@ class RALENet(nn.Module):
                 y = block(y, *window)
             return y
 
-        stem = nn.leaky_relu(Conv(STEM_WIDTH, name="stem")(x.transpose(2, 0, 1)), 0.2)
+        stem = nn.leaky_relu(Conv(STEM_WIDTH, 3, padding=1, name="stem")(x.transpose(2, 0, 1)), 0.2)
         y = stem = BatchNorm(self.axis_name, channel_axis=0, name="stem_norm")(stem, train)
         skips = []
         for level in range(bottom):
@@ -265,7 +249,7 @@ class RALENet(nn.Module):
             y = PatchSeparation(name=f"separate{level}")(y) + skips[level - 1]
             y = two_blocks(f"decoder{level}", y, windows[level])
         y = PatchSeparation(name="separate0")(y)
-        return Conv(x.shape[2], name="head")(y + stem).transpose(1, 2, 0)
+        return Conv(x.shape[2], 3, padding=1, name="head")(y + stem).transpose(1, 2, 0)
 
     def _r_wave_window(self, level, length, r_peak):
         """The bias of a level `[H, W, W]` and the first sample of its window."""
@@ -277,9 +261,7 @@ class RALENet(nn.Module):
         return RWaveBias(window, num_heads, name=f"r_wave{level}")(), r_peak // 2**level - window // 2
 
     def _check(self, x, r_peak):
-        unit = 2 ** (LEVELS - 1)
-        if x.ndim != 3 or x.shape[1] % unit or not x.shape[1]:
-            raise UserError(f"x has shape {x.shape}; expected [B, L, leads] with L divisible by {unit}: pad or cut it")
+        check_windows(x, 2 ** (LEVELS - 1))
         if r_peak is not None and (
             jnp.shape(r_peak) != x.shape[:1] or not jnp.issubdtype(jnp.result_type(r_peak), jnp.integer)
         ):
