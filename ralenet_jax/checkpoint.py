@@ -14,12 +14,22 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from configs import ralenet as default_config
 from ralenet_jax.errors import UserError
 
 STARTS = "starts.json"
 _METRIC = "snr_db"
-# What may differ between a run and its continuation: where the data lies, what it runs on, how long, how it is tested.
-_MAY_CHANGE = ("data.dir", "num_devices", "train.epochs", "train.eval_every", "train.checkpoint_every", "eval.")
+# What may differ between a run and its continuation: where data lies, what it runs on, how long, how it is tested.
+# A base is read before the first step and never again.
+_MAY_CHANGE = (
+    "data.dir",
+    "model.base",
+    "num_devices",
+    "train.epochs",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "eval.",
+)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,8 +82,12 @@ def is_saved(workdir: str | Path) -> bool:
 
 
 def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Where two configurations are not of the same run: (key, theirs, mine) for each such key, None where it lacks."""
-    theirs, mine = flat(theirs), flat(mine)
+    """Where two configurations are not of the same run: (key, theirs, mine) for each such key, None where it lacks.
+
+    A key that is younger than theirs has its default there.
+    """
+    theirs = flat(json.loads(default_config.get_config().to_json())) | flat(theirs)
+    mine = flat(mine)
     keys = [key for key in sorted(theirs.keys() | mine.keys()) if not key.startswith(_MAY_CHANGE)]
     return [(key, theirs.get(key), mine.get(key)) for key in keys if theirs.get(key) != mine.get(key)]
 

@@ -107,7 +107,7 @@ def test_result_file_tells_where_it_came_from(paper, run, data_dir):
     config, result, _ = paper
     assert json.loads((run / "evaluation.json").read_text()) == result
     assert (result["split"], result["checkpoint"], result["units"]) == ("test", 8, "z-scored")
-    assert result["parameters"] == 1
+    assert result["parameters"] == result["trainable_parameters"] == 1
     assert result["learning_curve"] == [] and result["trained_from"] == []  # nothing but a checkpoint was made here
     origin = result["provenance"]
     assert origin["config"]["eval"]["kinds"] == "bw,em"
@@ -171,6 +171,7 @@ def test_whole_recordings_are_searched_for_heartbeats(data_dir, run, tmp_path):
         ((), "", "needs a run of the honest protocol"),
         (("protocol=honest", "noise.snr_db_high=4"), "", "one SNR at a time"),
         (("protocol=honest",), "nothing", "is no folder"),
+        (("protocol=honest", "data.database=ludb"), "", "needs a run on mitdb, this one is on ludb"),
     ],
 )
 def test_recordings_that_cannot_be_searched_are_refused(data_dir, run, tmp_path, overrides, folder, said):

@@ -227,6 +227,47 @@ def test_honest_protocol_needs_both_sides(tmp_path):
             input_pipeline.read_split(config, split)
 
 
+_LUDB = {  # of the simulated records 1 to 5: 5 tests, and 4 validates where there is a validation of its own
+    "paper": {"train": {"1", "2", "3", "4"}, "validation": {"5"}, "test": {"5"}},
+    "honest": {"train": {"1", "2", "3"}, "validation": {"4"}, "test": {"5"}},
+}
+
+
+@pytest.mark.parametrize("made", [ralenet, honest])
+def test_ludb_is_split_by_record(data_dir, made):
+    config = configure(data_dir, made, database="ludb", num_windows=0)  # which concerns mitdb alone
+    found = {split: input_pipeline.read_split(config, split) for split in ("train", "validation", "test")}
+    assert {split: set(windows.record) for split, windows in found.items()} == _LUDB[config.protocol]
+    builder = input_pipeline.open_shards(data_dir, "ludb")
+    examples = builder.as_data_source("train+test")  # ids are the places in it
+    for windows in found.values():
+        for place in (0, len(windows) - 1):
+            example = examples[int(windows.id[place])]
+            np.testing.assert_array_equal(windows.signal[place], example["signal"])
+            assert windows.record[place] == example["record"].decode()
+    total = sum(split.num_examples for split in builder.info.splits.values())
+    ids = np.concatenate([found["train"].id, found["test"].id] + [found["validation"].id] * (made is honest))
+    assert sorted(ids) == list(range(total))
+
+
+def test_ludb_windows_are_millivolts_as_they_are(data_dir):
+    config = configure(data_dir, database="ludb")
+    windows = input_pipeline.read_split(config, "test")
+    assert windows.signal.shape == (len(windows), *input_pipeline.window_shape(config)) == (len(windows), 256, 12)
+    assert windows.millivolts().dtype == np.float32
+    np.testing.assert_array_equal(windows.millivolts(), windows.signal)
+    assert set(windows.symbol) == {""}
+    block = input_pipeline.train_block(windows, np.array([[3, 1], [2, 0]]), 2)
+    np.testing.assert_array_equal(block["clean"][1, :, 0], windows.signal[[1, 0]])
+
+
+def test_unknown_database_is_refused(data_dir):
+    config = configure(data_dir, database="ptbxl")
+    for read in (lambda: input_pipeline.read_split(config, "train"), lambda: input_pipeline.window_shape(config)):
+        with pytest.raises(UserError, match="data.database is 'ptbxl'; expected one of mitdb, ludb"):
+            read()
+
+
 def test_missing_noise_recording_is_named(data_dir, tmp_path):
     shutil.copytree(data_dir / "nstdb", tmp_path / "nstdb")
     info = tmp_path / "nstdb/1.0.0/dataset_info.json"

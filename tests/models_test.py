@@ -18,17 +18,19 @@ PARAMETERS = {  # the published counts
     "unet": 10_374,
     "danet": 18_009,
     "acdae": 151_726,
+    "ralenet_12lead": 1_089_492,
 }
 RIVALS = ("unet", "danet", "acdae")
 
 
-def count_parameters(model):
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256, 2)))
+def count_parameters(model, leads=2):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256, leads)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
 
 
 def test_parameter_counts():
-    assert {name: count_parameters(build_model(name)) for name in MODEL_NAMES} == PARAMETERS
+    leads = {"ralenet_12lead": 12}
+    assert {name: count_parameters(build_model(name), leads.get(name, 2)) for name in MODEL_NAMES} == PARAMETERS
 
 
 def test_options_change_the_model():

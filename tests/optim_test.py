@@ -123,3 +123,38 @@ def test_state_does_not_depend_on_the_number_of_steps():
             for total in (1, 1000)
         ]
         assert states[0] == states[1]
+
+
+class Around:
+    """Stands for a model with a frozen part."""
+
+    FROZEN = "base"
+
+
+def test_frozen_part_stays_and_counts_for_nothing():
+    made = config(name="adamw", weight_decay=0.1, clip_norm=1.0)
+    params = {"base": {"a": jnp.ones(3), "b": jnp.ones((2, 2))}, "inside": {"base": jnp.ones(4)}, "out": jnp.ones(2)}
+    assert optim.trainable(Around(), params) == {
+        "base": {"a": False, "b": False},
+        "inside": {"base": True},  # the name counts at the top alone
+        "out": True,
+    }
+    # Gradients of the frozen part that would be cut to nearly nothing, and everything with them.
+    gradients = jax.tree.map(lambda leaf: leaf * 1e6, params) | {"inside": {"base": jnp.ones(4)}, "out": jnp.ones(2)}
+    rest = {name: params[name] for name in ("inside", "out")}
+    alone = after_two_steps(optim.build_optimizer(made, 10), rest, gradients)
+    found = after_two_steps(optim.build_optimizer(made, 10, Around()), params, gradients)
+    for leaf, start in zip(jax.tree.leaves(found.pop("base")), jax.tree.leaves(params["base"]), strict=True):
+        np.testing.assert_array_equal(leaf, start)
+    jax.tree.map(np.testing.assert_array_equal, found, alone)
+    moments = jax.eval_shape(optim.build_optimizer(made, 10, Around()).init, params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(moments) if leaf.ndim) == 2 * 6  # two for each that trains
+
+
+def after_two_steps(optimizer, params, gradients):
+    state = optimizer.init(params)
+    gradients = {name: gradients[name] for name in params}
+    for _ in range(2):
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return params

@@ -64,11 +64,12 @@ def test_no_repository_and_no_git_give_no_revision(tmp_path, monkeypatch):
 def test_description_names_config_versions_device_and_data(data_dir):
     config = ralenet.get_config()
     config.data.dir = str(data_dir)
+    config.model.base = "/home/somebody/runs/emb"
     found = json.loads(json.dumps(provenance.describe(config, 2)))  # it goes into a JSON file
     expected = json.loads(config.to_json())
-    del expected["data"]["dir"]
+    del expected["data"]["dir"], expected["model"]["base"]
     assert found["config"] == expected
-    assert str(data_dir) not in json.dumps(found)
+    assert str(data_dir) not in json.dumps(found) and "somebody" not in json.dumps(found)
     assert found["revision"] == provenance.revision()
     assert found["versions"]["python"] == platform.python_version()
     for package in ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets"):
@@ -80,6 +81,15 @@ def test_description_names_config_versions_device_and_data(data_dir):
         assert found["data"][name]["source"] == f"{name} 1.0.0"
         assert found["data"][name]["digest"] == on_disk["digest"]
         assert len(on_disk["digest"]) == 64
+
+
+def test_description_names_the_configured_database(data_dir):
+    config = ralenet.get_config()
+    config.data.dir, config.data.database = str(data_dir), "ludb"
+    found = provenance.describe(config, 1)["data"]
+    digest = json.loads((data_dir / "ludb/1.0.1/metadata.json").read_text())["digest"]
+    assert found.keys() == {"ludb", "nstdb"}
+    assert found["ludb"] == {"source": "ludb 1.0.1", "digest": digest}
 
 
 def test_missing_data_is_a_user_s_error(tmp_path):

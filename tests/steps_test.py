@@ -134,3 +134,25 @@ def test_evaluation_counts_every_window_once_and_no_padding(small):
         np.testing.assert_allclose(sums["denoised"][name], np.sum(values), rtol=2e-5, atol=1e-5, err_msg=name)
     np.testing.assert_allclose(sums["noisy"]["snr_db"] / 5, -4.0, atol=1e-4)
     np.testing.assert_allclose(shown["clean"], clean[:5] - clean[:5].mean(1, keepdims=True), atol=1e-5)
+
+
+class _Around(nn.Module):
+    """A frozen part between two that train."""
+
+    FROZEN = "base"
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = nn.Conv(3, (3,), name="base")(nn.Conv(2, (3,), name="before")(x))
+        return nn.Conv(2, (3,), name="after")(y)
+
+
+def test_frozen_part_gets_no_gradient_and_hands_one_on():
+    setup = _Setup(_Around())  # whose optimiser would change all
+    after, _ = setup.run(1)
+    moved = {
+        name: _largest_difference(setup.state.params[name], after.params[name]) for name in ("before", "base", "after")
+    }
+    assert moved["base"] == 0 and min(moved["before"], moved["after"]) > 1e-5

@@ -9,11 +9,13 @@ from ralenet_jax.errors import UserError
 from ralenet_jax.models import build_model
 from ralenet_jax.torch_weights import from_state_dict, to_state_dict
 
-NAMES = ("ralenet", "ralenet_mlp", "ralenet_nra", "unet", "danet", "acdae")
+NAMES = ("ralenet", "ralenet_mlp", "ralenet_nra", "unet", "danet", "acdae", "ralenet_12lead")
 
 
 def random_variables(name):
-    shapes = jax.eval_shape(build_model(name).init, jax.random.key(0), jnp.zeros((1, 256, 2)))
+    shapes = jax.eval_shape(
+        build_model(name).init, jax.random.key(0), jnp.zeros((1, 256, 12 if "12lead" in name else 2))
+    )
     random = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(np.float32), shapes)
 
@@ -67,6 +69,25 @@ def test_weights_under_two_names_are_written_twice_and_must_be_equal():
     key = "dec.DecoderList.1.dam.fcn2.4.running_mean"
     with pytest.raises(UserError, match=r"'dec\.DecoderList\.1\.dam\.fcn1\.4\.running_mean' and .*fcn2.*differ"):
         from_state_dict("danet", weights | {key: weights[key] + 1})
+
+
+def test_base_of_the_twelve_lead_model_has_its_own_names_behind_a_prefix():
+    weights = to_state_dict("ralenet_12lead", random_variables("ralenet_12lead"))
+    base = {key.removeprefix("rale."): array for key, array in weights.items() if key.startswith("rale.")}
+    variables = from_state_dict("ralenet_12lead", weights)
+    ours = {collection: values["base"] for collection, values in variables.items()}
+    assert_same_tree(from_state_dict("ralenet", base), ours)
+    around = {key: array.shape for key, array in weights.items() if not key.startswith("rale.")}
+    assert around == {  # [out, in, width]
+        **{"conv1.weight": (6, 12, 13), "conv2.weight": (2, 6, 13), "conv3.weight": (6, 2, 13)},
+        **{
+            "conv4.weight": (12, 6, 13),
+            "conv1.bias": (6,),
+            "conv2.bias": (2,),
+            "conv3.bias": (6,),
+            "conv4.bias": (12,),
+        },
+    }
 
 
 def test_block_names_of_the_variant_without_r_wave_attention():
