@@ -37,9 +37,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.noise.seed = 0
 
     config.model = ml_collections.ConfigDict()
-    # "ralenet", "ralenet_mlp" (no local enhancement), "ralenet_nra" (no R-wave attention).
+    # "ralenet", "ralenet_mlp" (no local enhancement), "ralenet_nra" (no R-wave attention), or one of its rivals:
+    # "unet", "danet", "acdae".
     config.model.name = "ralenet"
-    # What the named model is made of; None: as published under that name.
+    # What the named model is made of; None: as published under that name. The rivals have no such options.
     # "partial", "depthwise" or "none": the convolution inside the feed-forward.
     config.model.local_enhancement = config_dict.placeholder(str)
     # Efficient channel attention after the feed-forward.
