@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from configs import ralenet as default_config
 from ralenet_jax.errors import UserError
 
 STARTS = "starts.json"
@@ -55,6 +56,21 @@ def read_config(workdir: str | Path) -> ConfigDict:
         raise UserError(f"no run in {workdir} (no config.json); name the --workdir of a training run") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not readable as JSON ({error}); restore it, or start in a new --workdir") from None
+
+
+def typed_config(settings: Any, source: str | Path) -> ConfigDict:
+    """The locked configuration with these settings, read from JSON in `source`, and the default one's types.
+
+    Raises:
+        UserError: for settings of another version.
+    """
+    config = default_config.get_config()  # JSON tells neither a tuple nor what may stand in place of None
+    try:
+        config.update(settings)
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = str(error.args[0]).splitlines()[0].partition(". ")[0]
+        raise UserError(f"the configuration in {source} is not of this version ({reason}); make it anew") from error
+    return config
 
 
 def read_starts(workdir: str | Path) -> list[dict[str, Any]]:

@@ -52,13 +52,8 @@ def saved_config(workdir: str, overrides: list[str] = ()) -> ConfigDict:
     Raises:
         UserError: as `load_config`, or for a folder without a run of this version.
     """
-    config = load_config("ralenet")  # for the types: JSON tells neither a tuple nor what may stand in place of None
-    try:
-        config.update(checkpoint.read_config(workdir).to_dict())
-    except (KeyError, TypeError) as error:
-        reason = str(error.args[0]).splitlines()[0].partition(". ")[0]
-        raise UserError(f"the configuration in {workdir} is not of this version ({reason}); train anew") from error
-    return override(config, overrides)
+    settings = checkpoint.read_config(workdir).to_dict()
+    return override(checkpoint.typed_config(settings, workdir), overrides)
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
