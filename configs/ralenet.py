@@ -18,9 +18,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     # Folder with the shards that `ralenet prepare` wrote.
     config.data.dir = "data"
-    # Which windows are drawn, and how they are split (paper protocol only).
+    # "mitdb": two leads; "ludb": twelve, always split by record.
+    config.data.database = "mitdb"
+    # Which windows are drawn, and how they are split (mitdb under the paper's protocol only).
     config.data.seed = 0
-    # Windows drawn at random from all, and how many of them train; the others validate and test (paper protocol only).
+    # Windows drawn at random from all, and how many of them train; the others validate and test (likewise).
     config.data.num_windows = 10_000
     config.data.num_train = 8_000
 
@@ -37,9 +39,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.noise.seed = 0
 
     config.model = ml_collections.ConfigDict()
-    # "ralenet", "ralenet_mlp" (no local enhancement), "ralenet_nra" (no R-wave attention), or one of its rivals:
-    # "unet", "danet", "acdae".
+    # "ralenet", "ralenet_mlp" (no local enhancement), "ralenet_nra" (no R-wave attention), "ralenet_12lead" (a trained,
+    # frozen ralenet inside), or one of the rivals: "unet", "danet", "acdae".
     config.model.name = "ralenet"
+    # Work directory of the training of that ralenet (ralenet_12lead only); read once, when the training starts.
+    config.model.base = config_dict.placeholder(str)
     # What the named model is made of; None: as published under that name. The rivals have no such options.
     # "partial", "depthwise" or "none": the convolution inside the feed-forward.
     config.model.local_enhancement = config_dict.placeholder(str)

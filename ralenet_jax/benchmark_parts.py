@@ -46,7 +46,8 @@ def made_up_windows(count: int, length: int) -> input_pipeline.Windows:
 
 def fresh_state(config: ConfigDict):
     """A `TrainState` with initial values, on the host."""
-    model, optimizer = train_state.model_from_config(config), optim.build_optimizer(config, total_steps=1)
+    model = train_state.model_from_config(config)
+    optimizer = optim.build_optimizer(config, 1, model)
     return jax.device_get(train_state.create_state(model, optimizer, config.seed, (LENGTH, _LEADS)))
 
 
@@ -96,7 +97,7 @@ class Training:
         self._key = jax.random.key(config.seed)
         self._state = steps.replicate(fresh_state(config), devices)
         model = train_state.model_from_config(config, steps.AXIS)
-        optimizer = optim.build_optimizer(config, total_steps=1)
+        optimizer = optim.build_optimizer(config, 1, model)
         self._block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, devices)
 
     def _arguments(self) -> tuple:

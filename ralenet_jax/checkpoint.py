@@ -82,9 +82,18 @@ def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not readable as JSON ({error}); delete it to go on without") from error
 
 
+def is_saved(workdir: str | Path) -> bool:
+    """Whether there is a checkpoint in `workdir` to resume from; nothing is written to find out."""
+    return bool(ocp.utils.checkpoint_steps(_directory(workdir)))
+
+
 def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Where two configurations are not of the same run: (key, theirs, mine) for each such key, None where it lacks."""
-    theirs, mine = flat(theirs), flat(mine)
+    """Where two configurations are not of the same run: (key, theirs, mine) for each such key, None where it lacks.
+
+    What an older one does not have is as in the default configuration.
+    """
+    default = flat(json.loads(default_config.get_config().to_json()))
+    theirs, mine = default | flat(theirs), default | flat(mine)
     keys = [key for key in sorted(theirs.keys() | mine.keys()) if not key.startswith(_MAY_CHANGE)]
     return [(key, theirs.get(key), mine.get(key)) for key in keys if theirs.get(key) != mine.get(key)]
 
@@ -109,6 +118,10 @@ def claim(workdir: str | Path, config: ConfigDict) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --workdir") from error
 
 
+def _directory(workdir: str | Path) -> Path:
+    return Path(workdir).absolute() / "checkpoints"
+
+
 def _score(metrics: dict[str, float]) -> float:
     return metrics[_METRIC]
 
@@ -127,7 +140,7 @@ class Checkpointer:
             best_fn=_score,  # without it the metrics are not written, and a resumed run does not know its best
             cleanup_tmp_directories=True,
         )
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = _directory(workdir)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpointer":

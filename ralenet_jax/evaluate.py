@@ -67,15 +67,23 @@ def evaluate_windows(
     return {row: summarise(sums) for row, sums in totals.items()}
 
 
-def restore_state(config: ConfigDict, workdir: str | Path, devices: list[jax.Device], which: str):
+def restore_state(
+    config: ConfigDict,
+    workdir: str | Path,
+    devices: list[jax.Device],
+    which: str,
+    shape: tuple[int, int] | None = None,
+):
     """The model and its trained state on `devices`, from the "last" or "best" checkpoint or that of a step.
+
+    `shape` is that of a window (samples, leads); by default the one of the configured data.
 
     Raises:
         UserError: if there is no such checkpoint.
     """
     model = train_state.model_from_config(config, steps.AXIS)
     # Evaluation needs no optimiser, but the checkpoint holds its state, whose shapes do not depend on the total.
-    optimizer = optim.build_optimizer(config, total_steps=1)
+    optimizer = optim.build_optimizer(config, 1, model)
     with checkpoint.Checkpointer(workdir) as saved:
         steps_by_name = {"last": saved.latest_step, "best": saved.best_step}
         if which not in steps_by_name and not which.isdecimal():
@@ -83,7 +91,7 @@ def restore_state(config: ConfigDict, workdir: str | Path, devices: list[jax.Dev
         step = steps_by_name[which] if which in steps_by_name else int(which)
         if which == "best" and step is None:
             raise UserError(f"no checkpoint in {saved.directory} was validated; use the last, or train on")
-        shape = input_pipeline.window_shape(config)
+        shape = shape or input_pipeline.window_shape(config)
         # Shapes are enough: the values are in the checkpoint.
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=steps.replicated(devices)),
@@ -121,7 +129,7 @@ def evaluate(
         which: the "last" checkpoint, the "best" by validation SNR, or the number of a step.
         split: "test" or "validation".
         records: folder of the WFDB recordings that the windows are from; given, R peaks are also detected in the whole
-            recordings, clean, noisy and denoised (honest protocol only).
+            recordings, clean, noisy and denoised (mitdb under the honest protocol only).
         log: takes lines of text.
 
     Returns:
@@ -142,6 +150,7 @@ def evaluate(
     result = _measure(config, eval_step, state.variables, windows, split, devices) | {
         "checkpoint": int(state.step),
         "parameters": train_state.count_parameters(state.params),
+        "trainable_parameters": train_state.count_trainable(model, state.params),
         "heartbeats": None,
         "learning_curve": learning_curve(workdir),
         "trained_from": checkpoint.read_starts(workdir),
@@ -225,6 +234,8 @@ def learning_curve(workdir: str | Path) -> list[dict[str, float]]:
 def _check_recordings(config: ConfigDict, conditions: list[tuple], records: str | Path) -> None:
     if not Path(records).is_dir():
         raise UserError(f"--records {records} is no folder; name the one with the .hea, .dat and .atr files")
+    if config.data.database != "mitdb":
+        raise UserError(f"--records needs a run on mitdb, this one is on {config.data.database}; leave it out")
     if config.protocol != "honest":
         raise UserError(f"--records needs a run of the honest protocol, this one is {config.protocol!r}; leave it out")
     if any("," in kinds or high is not None for kinds, _, high in conditions):

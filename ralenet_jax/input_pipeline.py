@@ -18,7 +18,8 @@ from ralenet_jax.errors import UserError
 
 # Records of DS1 that never train: they validate under the honest protocol.
 VALIDATION_RECORDS = ("109", "116", "124", "205", "223")
-_SPLITS = ("ds1", "ds2", "paced")
+# Of each database: the split that trains, the one that tests, others.
+_SPLITS = {"mitdb": ("ds1", "ds2", "paced"), "ludb": ("train", "test")}
 _READ_AT_ONCE = 4096
 
 
@@ -27,12 +28,12 @@ class Windows:
     """Beat windows as they were recorded.
 
     Attributes:
-        signal: int16 `[N, L, C]`, ADC units; the R peak is at sample L/2.
-        gain: float32 `[N, C]`, ADC units per mV.
-        baseline: int32 `[N, C]`, ADC units at 0 mV.
+        signal: `[N, L, C]`, ADC units (mitdb, int16) or mV (ludb, float32); the R peak is at sample L/2.
+        gain: float32 `[N, C]`, units of the signal per mV.
+        baseline: int32 `[N, C]`, the signal at 0 mV.
         record: str `[N]`, name of the record.
-        symbol: str `[N]`, annotation of the beat.
-        id: int32 `[N]`, place in `ds1+ds2+paced`: the same window has the same id in every run.
+        symbol: str `[N]`, annotation of the beat; empty where the database has none.
+        id: int32 `[N]`, place in `ds1+ds2+paced` or `train+test`: the same window has the same id in every run.
     """
 
     signal: np.ndarray
@@ -65,27 +66,37 @@ def open_shards(data_dir: str | Path, name: str) -> tfds.core.DatasetBuilder:
 
 
 def read_windows(builder: tfds.core.DatasetBuilder, ids: np.ndarray) -> Windows:
-    """Reads the windows with these places in `ds1+ds2+paced`, in this order."""
+    """Reads the windows with these places in `ds1+ds2+paced` (mitdb) or `train+test` (ludb), in this order."""
     source = builder.as_data_source("+".join(split_sizes(builder)))
-    names = ("signal", "gain", "baseline", "record", "symbol")
+    names = [name for name in ("signal", "gain", "baseline", "record", "symbol") if name in builder.info.features]
     columns = {name: [] for name in names}
     for start in range(0, len(ids), _READ_AT_ONCE):
         for example in source.__getitems__(ids[start : start + _READ_AT_ONCE].tolist()):
             for name in names:
                 columns[name].append(example[name])
-    text = {name: np.array(columns.pop(name)).astype("U") for name in ("record", "symbol")}
+    text = {name: np.array(columns.pop(name)).astype("U") for name in ("record", "symbol") if name in names}
     arrays = {name: np.stack(values) for name, values in columns.items()}
-    return Windows(**arrays, **text, id=ids.astype(np.int32))
+    of_each_lead = (len(ids), arrays["signal"].shape[2])
+    in_millivolts = {"gain": np.ones(of_each_lead, np.float32), "baseline": np.zeros(of_each_lead, np.int32)}
+    given = in_millivolts | {"symbol": np.full(len(ids), "")} | arrays | text
+    return Windows(**given, id=ids.astype(np.int32))
 
 
 def split_sizes(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
     """Windows of each split that is there, in the order of the ids."""
-    return {name: builder.info.splits[name].num_examples for name in _SPLITS if name in builder.info.splits}
+    splits = builder.info.splits
+    return {name: splits[name].num_examples for name in _SPLITS[builder.name] if name in splits}
+
+
+def _open_database(config: ConfigDict) -> tfds.core.DatasetBuilder:
+    if config.data.database not in _SPLITS:
+        raise UserError(f"data.database is {config.data.database!r}; expected one of {', '.join(_SPLITS)}")
+    return open_shards(config.data.dir, config.data.database)
 
 
 def window_shape(config: ConfigDict) -> tuple[int, int]:
     """Samples and leads of a window."""
-    return tuple(open_shards(config.data.dir, "mitdb").info.features["signal"].shape)
+    return tuple(_open_database(config).info.features["signal"].shape)
 
 
 def _random_split(config: ConfigDict, total: int) -> dict[str, np.ndarray]:
@@ -100,23 +111,35 @@ def _random_split(config: ConfigDict, total: int) -> dict[str, np.ndarray]:
     return {"train": drawn[:training], "validation": drawn[training:], "test": drawn[training:]}
 
 
+def _validates(database: str, record: np.ndarray) -> np.ndarray:
+    """Which windows, by their records, validate under the honest protocol instead of training."""
+    if database == "mitdb":
+        return np.isin(record, VALIDATION_RECORDS)
+    return record.astype(int) % 5 == 4  # the test records' neighbours: theirs are the numbers that 5 divides
+
+
 def read_split(config: ConfigDict, split: str) -> Windows:
-    """Reads the "train", "validation" or "test" windows of the configured protocol.
+    """Reads the "train", "validation" or "test" windows of the configured database and protocol.
+
+    ludb is always split by record. Under the honest protocol a fifth of its records (number mod 5 is 4) validates
+    and does not train; under the paper's the test windows validate, as with mitdb.
 
     Raises:
         UserError: if the shards are not there, or the configured split leaves a part empty.
     """
-    builder = open_shards(config.data.dir, "mitdb")
-    sizes = split_sizes(builder)
-    if config.protocol == "paper":
-        return read_windows(builder, _random_split(config, sum(sizes.values()))[split])
-    if config.protocol != "honest":
+    builder = _open_database(config)
+    sizes, database = split_sizes(builder), config.data.database
+    if config.protocol not in noise.PROTOCOLS:
         raise UserError(f"protocol is {config.protocol!r}; expected one of {', '.join(noise.PROTOCOLS)}")
-    training = sizes.get("ds1", 0)
-    ids = np.arange(training, training + sizes.get("ds2", 0)) if split == "test" else np.arange(training)
+    honest = config.protocol == "honest"
+    if database == "mitdb" and not honest:
+        return read_windows(builder, _random_split(config, sum(sizes.values()))[split])
+    training, testing = (sizes.get(name, 0) for name in _SPLITS[database][:2])
+    tests = split == "test" or (split == "validation" and not honest)
+    ids = np.arange(training, training + testing) if tests else np.arange(training)
     windows = read_windows(builder, ids) if len(ids) else None
-    if windows and split != "test":
-        windows = windows[np.isin(windows.record, VALIDATION_RECORDS) == (split == "validation")]
+    if windows and honest and not tests:
+        windows = windows[_validates(database, windows.record) == (split == "validation")]
     if not windows:
         raise UserError(f"the {split} part of {builder.info.full_name} has no windows; prepare the whole database")
     return windows

@@ -73,12 +73,28 @@ def _noise_window(recordings: jax.Array, weights: jax.Array, span: jax.Array, ke
     return jnp.tensordot(weights, cut(recordings, starts), 1)
 
 
-def _draw(recordings: jax.Array, chosen: Condition, key: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """One window's noise `[L, C]` in mV and its ratio in dB."""
+def _noise_leads(recordings: jax.Array, weights: jax.Array, span: jax.Array, key: jax.Array, length: int, leads: int):
+    """As `_noise_window`, but each lead is a channel, drawn at random, of a sum of its own: → `[L, leads]`, mV."""
+
+    def one_lead(key: jax.Array) -> jax.Array:
+        start_key, channel_key = jax.random.split(key)
+        channel = jax.random.randint(channel_key, (), 0, recordings.shape[2])
+        return _noise_window(recordings, weights, span, start_key, length)[:, channel]
+
+    return jax.vmap(one_lead, out_axes=1)(jax.random.split(key, leads))
+
+
+def _draw(
+    recordings: jax.Array, chosen: Condition, key: jax.Array, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """The noise `[L, C]` in mV of one window of this shape, and its ratio in dB."""
     kind_key, start_key, snr_key = jax.random.split(key, 3)
     weights = jnp.asarray(chosen.weights)[jax.random.randint(kind_key, (), 0, chosen.weights.shape[0])]
     ratio = jax.random.uniform(snr_key, (), minval=chosen.snr_db[0], maxval=chosen.snr_db[1])
-    return _noise_window(recordings, weights, chosen.span, start_key, length), ratio
+    drawn = (recordings, weights, chosen.span, start_key)
+    if shape[1] == recordings.shape[2]:
+        return _noise_window(*drawn, shape[0]), ratio
+    return _noise_leads(*drawn, *shape), ratio
 
 
 def _scaled(noise: jax.Array, clean: jax.Array, ratio_db: jax.Array) -> jax.Array:
@@ -96,9 +112,10 @@ def mix(protocol: str, recordings: jax.Array, chosen: Condition, clean: jax.Arra
         protocol: "paper" (the clean window is z-scored with one mean and deviation over its leads; the noise is centred
             with one mean) or "honest" (clean and noise are centred per lead; then mean and deviation of the noisy
             window normalise both, since a clean one is not at hand when the model is used).
-        recordings: float32 `[3, N, C]`, mV, in the order of `RECORDINGS`.
+        recordings: float32 `[3, N, channels]`, mV, in the order of `RECORDINGS`.
         chosen: what noise, how strong, from where.
-        clean: float32 `[B, L, C]`, mV.
+        clean: float32 `[B, L, C]`, mV. With as many leads as channels, all leads have their noise from the same places;
+            otherwise each lead has a channel and places of its own. The scale is one over all leads.
         keys: `[B]` keys, one for each window.
     """
     if protocol not in PROTOCOLS:
@@ -107,7 +124,7 @@ def mix(protocol: str, recordings: jax.Array, chosen: Condition, clean: jax.Arra
     clean = clean - jnp.mean(clean, over, keepdims=True)
     if protocol == "paper":
         clean = clean / jnp.sqrt(jnp.maximum(jnp.mean(jnp.square(clean), (1, 2), keepdims=True), _TINY))
-    noise, ratio_db = jax.vmap(lambda key: _draw(recordings, chosen, key, clean.shape[1]))(keys)
+    noise, ratio_db = jax.vmap(lambda key: _draw(recordings, chosen, key, clean.shape[1:]))(keys)
     noise = noise - jnp.mean(noise, over, keepdims=True)
     noisy = clean + _scaled(noise, clean, ratio_db)
     offset = jnp.zeros((clean.shape[0], 1, 1), clean.dtype)

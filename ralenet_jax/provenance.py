@@ -48,7 +48,7 @@ def describe(config: ConfigDict, num_devices: int) -> dict[str, Any]:
     settings = json.loads(config.to_json())
     del settings["data"]["dir"]
     data = {}
-    for name in ("mitdb", "nstdb"):
+    for name in (config.data.database, "nstdb"):
         builder = input_pipeline.open_shards(config.data.dir, name)
         data[name] = {"source": builder.info.metadata["source"], "digest": builder.info.metadata["digest"]}
     return {"config": settings} | software(num_devices) | {"data": data}

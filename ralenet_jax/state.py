@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from ralenet_jax import optim
 from ralenet_jax.models import build_model, initializers
 
 
@@ -29,7 +30,7 @@ class TrainState:
 
 def model_from_config(config: ConfigDict, axis_name: str | None = None) -> nn.Module:
     """Builds the model that `config.model` names, with the options that it sets."""
-    options = {key: value for key, value in config.model.items() if key != "name" and value is not None}
+    options = {key: value for key, value in config.model.items() if key not in ("name", "base") and value is not None}
     return build_model(config.model.name, axis_name=axis_name, **options)
 
 
@@ -49,5 +50,11 @@ def create_state(
 
 
 def count_parameters(params: Any) -> int:
-    """Trainable parameters."""
+    """All parameters, frozen ones too."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def count_trainable(model: nn.Module, params: Any) -> int:
+    """Parameters that train."""
+    sizes = jax.tree.map(lambda leaf, trains: leaf.size * trains, params, optim.trainable(model, params))
+    return sum(jax.tree.leaves(sizes))

@@ -7,12 +7,13 @@ variables, and how it is laid out there.
 import dataclasses
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 import flax
 import numpy as np
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.models import acdae, danet, ralenet, unet
+from ralenet_jax.models import acdae, danet, ralenet, twelve_lead, unet
 
 # Buffers that hold no weights.
 _IGNORED = re.compile(r"(.*\.)?(num_batches_tracked|relative_position_index)")
@@ -186,6 +187,19 @@ def _ralenet(local=True, r_wave=True):
     return entries
 
 
+def _ralenet_12lead():
+    leads, inner, base_leads = twelve_lead.LEADS, twelve_lead.INNER_LEADS, twelve_lead.TwelveLead.BASE_LEADS
+    names = ("reduce0", "reduce1", "expand0", "expand1")
+    entries = []
+    for i, widths in enumerate(pairwise((leads, inner, base_leads, inner, leads))):
+        entries += _conv(f"conv{i + 1}", (names[i],), *widths, twelve_lead.WIDTH)
+    for entry in _ralenet():
+        collection, *path = entry.path
+        path = (collection, twelve_lead.TwelveLead.FROZEN, *path)
+        entries.append(dataclasses.replace(entry, key=f"rale.{entry.key}", path=path))
+    return entries
+
+
 def _levels(channels, widths):
     """Of a rival: every level, channels above and below it, width, and its place in the decoder, which goes upwards."""
     last = len(channels) - 1
@@ -252,6 +266,7 @@ _PUBLISHED = {
     "ralenet": _ralenet,
     "ralenet_mlp": lambda: _ralenet(local=False),
     "ralenet_nra": lambda: _ralenet(r_wave=False),
+    "ralenet_12lead": _ralenet_12lead,
     "unet": _unet,
     "danet": _danet,
     "acdae": _acdae,

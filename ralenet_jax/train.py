@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ralenet_jax import checkpoint, evaluate, input_pipeline, optim, provenance, steps
+from ralenet_jax import base_model, checkpoint, evaluate, input_pipeline, optim, provenance, steps
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
 from ralenet_jax.writer import Writer
@@ -118,13 +118,25 @@ class _Run:
         recordings = steps.replicate(input_pipeline.read_noise(config), self.devices)
         self.train_noise = evaluate.noise_source(config, recordings, "train", *condition)
         self.validation_noise = evaluate.noise_source(config, recordings, "validation", *condition)
-        model = train_state.model_from_config(config, steps.AXIS)
-        optimizer = optim.build_optimizer(config, self.total_steps)
+        self.model = model = train_state.model_from_config(config, steps.AXIS)
+        if config.model.base is not None and not hasattr(model, "FROZEN"):
+            raise UserError(f"model.base is set, but {config.model.name} is not built around a trained model; unset it")
+        self.base: dict[str, Any] | None = None  # where the frozen part came from, if it came in this start
+        optimizer = optim.build_optimizer(config, self.total_steps, model)
         self.key = jax.random.key(config.seed)
         state = train_state.create_state(model, optimizer, config.seed, self.train_windows.signal.shape[1:])
         self.state = steps.replicate(state, self.devices)
         self._block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, self.devices)
         self._eval_step = steps.build_eval_step(model, config.protocol, self.devices)
+
+    def take_base(self) -> None:
+        """Puts the trained model that `model.base` names into a fresh state, if the model is built around one."""
+        if not hasattr(self.model, "FROZEN"):
+            return
+        shape = (self.train_windows.signal.shape[1], self.model.BASE_LEADS)
+        variables, self.base = base_model.read(self.config, shape, self.devices)
+        parts = {name: values | {self.model.FROZEN: variables[name]} for name, values in self.state.variables.items()}
+        self.state = self.state.replace(**parts)
 
     def train_block(self, step: int) -> dict[str, np.ndarray]:
         """Trains from `step` for one block, or to the end of the epoch; gives its scalars, each `[steps]`.
@@ -164,6 +176,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """
     _check(config)
     run = _Run(config)
+    if not checkpoint.is_saved(workdir):
+        run.take_base()
     checkpoint.claim(workdir, config)
     with checkpoint.Checkpointer(workdir) as saved, _Stop() as stop:
         step = saved.latest_step or 0
@@ -179,6 +193,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
 def _note_start(run: _Run, workdir: str | Path, step: int) -> None:
     start = {"step": step} | provenance.describe(run.config, len(run.devices))
+    if run.base is not None:
+        start["base"] = run.base
     checkpoint.write_json(Path(workdir) / checkpoint.STARTS, [*checkpoint.read_starts(workdir), start])
 
 
@@ -191,10 +207,12 @@ def _check(config: ConfigDict) -> None:
 
 
 def _greeting(run: _Run, workdir: str | Path, step: int) -> str:
-    count = train_state.count_parameters(run.state.params)
+    count = f"{train_state.count_parameters(run.state.params):,} parameters"
+    if hasattr(run.model, "FROZEN"):
+        count = f"{train_state.count_trainable(run.model, run.state.params):,} of {count} train"
     how = f"resuming at step {step}" if step else "starting"
     return (
-        f"{how}: {run.config.model.name} ({count:,} parameters) on {len(run.train_windows):,} windows, "
+        f"{how}: {run.config.model.name} ({count}) on {len(run.train_windows):,} windows, "
         f"{len(run.validation_windows):,} to validate, {run.total_steps:,} steps, {len(run.devices)} "
         f"{run.devices[0].platform} device(s), in {workdir}"
     )

@@ -7,7 +7,9 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
+from configs import ralenet
 from ralenet_jax.models import build_model
+from ralenet_jax.optim import build_optimizer
 from ralenet_jax.torch_weights import from_state_dict
 
 STEPS = 10
@@ -26,7 +28,7 @@ def _ours(name, data):
     model = build_model(name)
     variables = jax.tree.map(jnp.asarray, from_state_dict(name, _group(data, "state_dict")))
     x, target = _channels_last(data["input"]), _channels_last(data["target"])
-    optimizer = optax.adam(1e-3, eps=1e-8)
+    optimizer = build_optimizer(ralenet.get_config(), STEPS, model)  # the published Adam
 
     def loss_of(params, batch_stats):
         y, updates = model.apply({"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"])
@@ -90,7 +92,7 @@ NORMALISED = LIMITS | {"output_eval_after_10_adam_steps": 3e-2, "running_after_1
 LIMITS_OF = {"unet": NORMALISED, "danet": NORMALISED | {"output_train": 5e-5}}
 
 
-@pytest.mark.parametrize("name", ["ralenet", "ralenet_mlp", "ralenet_nra", "unet", "danet", "acdae"])
+@pytest.mark.parametrize("name", ["ralenet", "ralenet_mlp", "ralenet_nra", "ralenet_12lead", "unet", "danet", "acdae"])
 def test_model_agrees_with_published_model(name, shared, capsys):
     figures = _figures(name, np.load(shared / "parity" / f"{name}.npz"))
     with capsys.disabled():

@@ -7,6 +7,7 @@ from ralenet_jax.errors import UserError
 from ralenet_jax.models.acdae import ACDAE
 from ralenet_jax.models.danet import DANet
 from ralenet_jax.models.ralenet import RALENet
+from ralenet_jax.models.twelve_lead import TwelveLead
 from ralenet_jax.models.unet import UNet
 
 # name: (Linen module, the fields in which it differs from the module's defaults)
@@ -14,6 +15,7 @@ _MODELS = {
     "ralenet": (RALENet, {}),
     "ralenet_mlp": (RALENet, {"local_enhancement": "none"}),
     "ralenet_nra": (RALENet, {"r_wave_attention": False}),
+    "ralenet_12lead": (TwelveLead, {}),
     "unet": (UNet, {}),
     "danet": (DANet, {}),
     "acdae": (ACDAE, {}),
