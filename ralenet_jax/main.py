@@ -116,6 +116,7 @@ def _parser(mode: str) -> argparse.ArgumentParser:
         parser.add_argument("--config", default="ralenet", help="file or name of the configuration (default: ralenet)")
     else:
         parser.add_argument("--checkpoint", default="last", help="last, best or the number of a step (default: last)")
+        parser.add_argument("--weights", help="a file of `ralenet export` in place of the run's checkpoints")
         parser.add_argument("--split", default="test", choices=("test", "validation"), help="windows to evaluate on")
         parser.add_argument("--records", help="folder of the WFDB recordings: detect R peaks in whole ones too (slow)")
     return parser
@@ -142,6 +143,13 @@ def _run(argv: list[str]) -> None:
     startup.start_jax()
     if arguments.mode == "train":
         train.train(load_config(arguments.config, overrides), arguments.workdir)
+    elif arguments.weights:
+        from ralenet_jax import export  # what it imports is not for a quick start
+
+        if arguments.records:
+            raise UserError("--records needs a run's checkpoint; leave it or --weights out")
+        config, variables = export.load(arguments.weights)
+        evaluate.evaluate_weights(override(config, overrides), variables, arguments.workdir, arguments.split)
     else:
         config = saved_config(arguments.workdir, overrides)
         evaluate.evaluate(config, arguments.workdir, arguments.checkpoint, arguments.split, arguments.records)
