@@ -81,7 +81,7 @@ class DANet(nn.Module):
             `[B, L, leads]`.
 
         Raises:
-            UserError: for an x of another shape.
+            UserError: for an x of another shape, or a single window in training.
         """
         check_windows(x, 2 ** len(CHANNELS))
 
