@@ -61,7 +61,7 @@ class Trained:
     def texts(self) -> dict[str, str]:
         """What goes with the weights, as JSON, by the names in `TEXTS`."""
         settings = json.loads(self.config.to_json())
-        del settings["data"]["dir"]  # the user's own affair
+        del settings["data"]["dir"], settings["model"]["base"]  # the user's own affair
         values = (settings, list(self.window), self.provenance)
         return {name: json.dumps(value) for name, value in zip(TEXTS, values, strict=True)}
 
@@ -211,8 +211,14 @@ def _write_stablehlo(trained: Trained) -> bytes:
 def _write_onnx(trained: Trained) -> bytes:
     jax2onnx = _optional("jax2onnx")
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # hundreds of lines on shapes it leaves to the runtime
-    names = {"input_names": ["noisy"], "output_names": ["denoised"], "model_name": trained.config.model.name}
-    model = jax2onnx.to_onnx(_function(trained), [("batch", *trained.window)], **names)
+    name = trained.config.model.name
+    names = {"input_names": ["noisy"], "output_names": ["denoised"], "model_name": name}
+    try:
+        model = jax2onnx.to_onnx(_function(trained), [("batch", *trained.window)], **names)
+    # It fails in many ways where an operation is beyond it.
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"jax2onnx cannot convert model {name!r} ({reason}); take another --format") from error
     for key, value in trained.texts().items():
         model.metadata_props.add(key=key, value=value)
     return model.SerializeToString()

@@ -4,10 +4,11 @@ import itertools
 import shutil
 
 import jax
+import made_databases
 import numpy as np
 import pytest
 
-from data_prep import prepare, simulate
+from data_prep import prepare
 from ralenet_jax import checkpoint, determinism, evaluate, main, reproduce, train
 
 SMALL = ["model.name=unet", "train.batch_size=4"]
@@ -86,7 +87,7 @@ def test_a_flipped_byte_in_a_shard_fails(copied):
 
 def test_other_examples_than_were_written_fail(copied, tmp_path):
     config = small_config(copied)
-    simulate.write(tmp_path / "other", seed=1)
+    made_databases.write_nstdb(tmp_path / "other")
     prepare.prepare(tmp_path / "others", databases=("nstdb",), source=tmp_path / "other")
     (ours,), (theirs,) = (list(folder.glob("nstdb/*")) for folder in (copied, tmp_path / "others"))
     for path in theirs.glob("*array_record*"):
@@ -101,8 +102,8 @@ def test_other_examples_than_were_written_fail(copied, tmp_path):
 
 
 def test_shards_of_another_source_fail(data_dir, tmp_path):
-    source = simulate.write(tmp_path / "other", seed=1)
-    assert determinism._shards_rebuilt(small_config(data_dir), "nstdb", source).state == determinism.FAIL
+    made_databases.write_nstdb(tmp_path)
+    assert determinism._shards_rebuilt(small_config(data_dir), "nstdb", tmp_path).state == determinism.FAIL
 
 
 def test_published_numbers(shared, tmp_path):

@@ -200,6 +200,17 @@ def test_command_writes_below_the_run_and_tells_the_difference(run, data_dir, tm
     assert "differs by at most 0.0e+00 on 5 random windows" in out
 
 
+@pytest.mark.parametrize("name", ["unet", "danet", "acdae"])
+def test_the_rivals_are_exported_too(tmp_path, name):
+    config = load_config("ralenet", [f"model.name={name}"])
+    variables = models.build_model(name).init(jax.random.key(0), np.zeros((1, 256, 2), np.float32))
+    untrained = export.Trained(config, jax.device_get({"batch_stats": {}} | variables), (256, 2), {})
+    for form in ("npz", "torch", "stablehlo"):
+        path = tmp_path / f"a{export.FORMATS[form].suffix}"
+        assert export.write(untrained, form, path) <= 1e-5
+        assert path.stat().st_size > 4 * sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
 class Small(nn.Module):
     """A model that is built in a moment."""
 
@@ -539,6 +550,16 @@ def test_a_folder_without_a_run_and_an_unknown_format_are_refused(tmp_path, caps
 def test_missing_onnx_libraries_name_the_extra(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)  # as if it were not installed
     with pytest.raises(UserError, match=r'jax2onnx; pip install "ralenet_jax\[onnx\]"'):
+        export.write(small, "onnx", tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_beyond_the_converter_is_told(small, tmp_path, monkeypatch):
+    def to_onnx(*_, **__):
+        raise NotImplementedError("no interior padding\nand more")
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", types.SimpleNamespace(to_onnx=to_onnx))
+    with pytest.raises(UserError, match=r"^jax2onnx cannot convert model 'small' \(no interior padding\); .*--format$"):
         export.write(small, "onnx", tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -92,7 +92,11 @@ NORMALISED = LIMITS | {"output_eval_after_10_adam_steps": 3e-2, "running_after_1
 LIMITS_OF = {"unet": NORMALISED, "danet": NORMALISED | {"output_train": 5e-5}}
 
 
-@pytest.mark.parametrize("name", ["ralenet", "ralenet_mlp", "ralenet_nra", "ralenet_12lead", "unet", "danet", "acdae"])
+# Half a minute of compilation each; what they differ in stands in tests of its own.
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ralenet_mlp", "ralenet_nra")]
+
+
+@pytest.mark.parametrize("name", ["ralenet", "ralenet_12lead", "unet", "danet", "acdae", *_SLOW])
 def test_model_agrees_with_published_model(name, shared, capsys):
     figures = _figures(name, np.load(shared / "parity" / f"{name}.npz"))
     with capsys.disabled():
