@@ -1,6 +1,7 @@
 """The beat classifier on the simulated database: which beats, what it sees, what it learns, how it is counted."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -90,6 +91,14 @@ def test_split_by_record_is_balanced_and_leaks_no_patient(parts, everything):
         of_records = everything[np.isin(everything.record, sorted(records))]
         assert count(windows, "N") == count(windows, "V") == count(of_records, "V") > 20
         assert len(set(windows.id.tolist())) == len(windows) == 2 * count(of_records, "V")
+
+
+def test_parts_by_record_end_where_the_splits_do(data_dir, everything, monkeypatch):
+    borders = [np.flatnonzero(np.isin(everything.record, sorted(part)))[[0, -1]] for part in (_DS1, _DS2)]
+    symbol = np.where(np.isin(everything.id, borders), "V", "N")
+    monkeypatch.setattr(input_pipeline, "read_windows", lambda *_: dataclasses.replace(everything, symbol=symbol))
+    for windows, border in zip(classify.select_beats(data_dir, "records", 0), borders, strict=True):
+        assert set(windows.id[windows.symbol == "V"]) == set(border)
 
 
 @pytest.mark.parametrize("split", classify.SPLITS)
@@ -210,18 +219,18 @@ def test_a_classifier_is_saved_and_loaded_bit_by_bit(trained, tmp_path):
     assert jax.tree.structure(loaded) == jax.tree.structure(trained[0]) and equal(loaded, trained[0])
 
 
-def test_a_failed_save_leaves_the_old_file_whole(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("owner", "name"), [(np, "savez"), (Path, "replace")])
+def test_a_failed_save_leaves_the_old_file_whole(trained, tmp_path, monkeypatch, owner, name):
     path = tmp_path / "classifier.npz"
     classify.save_classifier(path, trained[0])
     before = path.read_bytes()
 
-    def fail(file, **arrays):
-        file.write(b"half")
+    def fail(*args, **arrays):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", fail)
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(UserError, match="No space left on device; free space"):
-        classify.save_classifier(path, trained[0])
+        classify.save_classifier(path, {})
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
