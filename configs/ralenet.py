@@ -40,11 +40,11 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict()
     # "ralenet", "ralenet_mlp" (no local enhancement), "ralenet_nra" (no R-wave attention), "ralenet_12lead" (a trained,
-    # frozen ralenet inside).
+    # frozen ralenet inside), or one of the rivals: "unet", "danet", "acdae".
     config.model.name = "ralenet"
     # Work directory of the training of that ralenet (ralenet_12lead only); read once, when the training starts.
     config.model.base = config_dict.placeholder(str)
-    # What the named model is made of; None: as published under that name.
+    # What the named model is made of; None: as published under that name. The rivals have no such options.
     # "partial", "depthwise" or "none": the convolution inside the feed-forward.
     config.model.local_enhancement = config_dict.placeholder(str)
     # Efficient channel attention after the feed-forward.

@@ -34,13 +34,11 @@ def read(
             "--config.model.base=DIR"
         )
     try:
-        settings = checkpoint.read_config(base)
-        name, database = settings.model.name, settings.data.get("database", "mitdb")
+        settings = checkpoint.typed_config(checkpoint.read_config(base).to_dict(), base)
+        name, database = settings.model.name, settings.data.database
         if train_state.model_from_config(settings) != build_model("ralenet") or database != "mitdb":
             raise UserError(f"{base} holds a run of {name} on {database}; expected ralenet as published, on mitdb")
         _, state = evaluate.restore_state(settings, base, devices, "last", shape)
     except UserError as error:
         raise UserError(f"model.base: {error}") from error
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"model.base: {base} holds no configuration of a training ({error}); name another") from error
     return state.variables, {"checkpoint": int(state.step), "trained_from": checkpoint.read_starts(base)}

@@ -67,6 +67,21 @@ def read_config(workdir: str | Path) -> ConfigDict:
         raise UserError(f"{path} is not readable as JSON ({error}); restore it, or start in a new --workdir") from None
 
 
+def typed_config(settings: Any, source: str | Path) -> ConfigDict:
+    """The locked configuration with these settings, read from JSON in `source`, and the default one's types.
+
+    Raises:
+        UserError: for settings of another version.
+    """
+    config = default_config.get_config()  # JSON tells neither a tuple nor what may stand in place of None
+    try:
+        config.update(settings)
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = str(error.args[0]).splitlines()[0].partition(". ")[0]
+        raise UserError(f"the configuration in {source} is not of this version ({reason}); make it anew") from error
+    return config
+
+
 def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
     """What the run in `workdir` was started and resumed with: a step and a provenance each; none where nothing is."""
     path = Path(workdir) / STARTS
@@ -84,10 +99,10 @@ def is_saved(workdir: str | Path) -> bool:
 def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Where two configurations are not of the same run: (key, theirs, mine) for each such key, None where it lacks.
 
-    A key that is younger than theirs has its default there.
+    What an older one does not have is as in the default configuration.
     """
-    theirs = flat(json.loads(default_config.get_config().to_json())) | flat(theirs)
-    mine = flat(mine)
+    default = flat(json.loads(default_config.get_config().to_json()))
+    theirs, mine = default | flat(theirs), default | flat(mine)
     keys = [key for key in sorted(theirs.keys() | mine.keys()) if not key.startswith(_MAY_CHANGE)]
     return [(key, theirs.get(key), mine.get(key)) for key in keys if theirs.get(key) != mine.get(key)]
 

@@ -163,6 +163,35 @@ def evaluate(
     return result
 
 
+def evaluate_weights(
+    config: ConfigDict,
+    variables: dict[str, Any],
+    workdir: str | Path,
+    split: str = "test",
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Evaluates weights that were exported, as `export.load` gives them with their configuration; as `evaluate` does.
+
+    Args:
+        config, variables: of the model.
+        workdir: where `evaluation.json` goes.
+        split: "test" or "validation".
+        log: takes lines of text.
+
+    Raises:
+        UserError: for a missing shard set, or an unknown condition.
+    """
+    devices = choose_devices(config)
+    model = train_state.model_from_config(config, steps.AXIS)
+    windows = input_pipeline.read_split(config, split)
+    log(f"evaluating {config.model.name} on {len(windows):,} {split} windows, {len(devices)} device(s)")
+    eval_step = steps.build_eval_step(model, config.protocol, devices)
+    result = _measure(config, eval_step, steps.replicate(variables, devices), windows, split, devices)
+    log(format_table(result))
+    _write(result, workdir, log)
+    return result
+
+
 def evaluate_filter(
     config: ConfigDict, workdir: str | Path, split: str = "test", log: Callable[[str], None] = print
 ) -> dict[str, Any]:

@@ -52,13 +52,8 @@ def saved_config(workdir: str, overrides: list[str] = ()) -> ConfigDict:
     Raises:
         UserError: as `load_config`, or for a folder without a run of this version.
     """
-    config = load_config("ralenet")  # for the types: JSON tells neither a tuple nor what may stand in place of None
-    try:
-        config.update(checkpoint.read_config(workdir).to_dict())
-    except (KeyError, TypeError) as error:
-        reason = str(error.args[0]).splitlines()[0].partition(". ")[0]
-        raise UserError(f"the configuration in {workdir} is not of this version ({reason}); train anew") from error
-    return override(config, overrides)
+    settings = checkpoint.read_config(workdir).to_dict()
+    return override(checkpoint.typed_config(settings, workdir), overrides)
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -121,6 +116,7 @@ def _parser(mode: str) -> argparse.ArgumentParser:
         parser.add_argument("--config", default="ralenet", help="file or name of the configuration (default: ralenet)")
     else:
         parser.add_argument("--checkpoint", default="last", help="last, best or the number of a step (default: last)")
+        parser.add_argument("--weights", help="a file of `ralenet export` in place of the run's checkpoints")
         parser.add_argument("--split", default="test", choices=("test", "validation"), help="windows to evaluate on")
         parser.add_argument("--records", help="folder of the WFDB recordings: detect R peaks in whole ones too (slow)")
     return parser
@@ -147,6 +143,13 @@ def _run(argv: list[str]) -> None:
     startup.start_jax()
     if arguments.mode == "train":
         train.train(load_config(arguments.config, overrides), arguments.workdir)
+    elif arguments.weights:
+        from ralenet_jax import export  # what it imports is not for a quick start
+
+        if arguments.records:
+            raise UserError("--records needs a run's checkpoint; leave it or --weights out")
+        config, variables = export.load(arguments.weights)
+        evaluate.evaluate_weights(override(config, overrides), variables, arguments.workdir, arguments.split)
     else:
         config = saved_config(arguments.workdir, overrides)
         evaluate.evaluate(config, arguments.workdir, arguments.checkpoint, arguments.split, arguments.records)

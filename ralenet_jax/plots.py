@@ -120,7 +120,7 @@ def table_figure(
     Args:
         path: of the file; it appears whole or not at all.
         columns: the titles of the columns.
-        rows: the texts of each row by its title, one for each column.
+        rows: the texts of each row by its title, one for each column: SNRs in dB.
         curves: by the name of each run its validations, {"epoch", "snr_db"} (dB); none, no curves.
 
     Returns:
@@ -130,6 +130,7 @@ def table_figure(
     figure = Figure(figsize=(3 + 1.3 * len(columns), height + (4.5 if curves else 0)), dpi=110, layout="constrained")
     panels = figure.subplots(2, 1, height_ratios=(height, 4.5)) if curves else [figure.subplots()]
     panels[0].axis("off")
+    panels[0].set_title("SNR in dB", loc="left", fontsize=10)
     texts = panels[0].table([list(row) for row in rows.values()], rowLabels=list(rows), colLabels=columns, loc="center")
     texts.auto_set_font_size(False)
     texts.set_fontsize(9)

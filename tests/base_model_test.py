@@ -68,6 +68,6 @@ def test_a_run_of_something_else_is_refused(tmp_path, overrides, said):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="^model.base: no run in .* name the --workdir of a training run$"):
         read(tmp_path / "nothing")
-    (tmp_path / "config.json").write_text('{"model": {"name": "ralenet"}}')
-    with pytest.raises(UserError, match="^model.base: .* holds no configuration of a training"):
+    (tmp_path / "config.json").write_text('{"model": "ralenet"}')
+    with pytest.raises(UserError, match="^model.base: the configuration in .* is not of this version"):
         read(tmp_path)

@@ -237,7 +237,7 @@ def test_a_file_is_the_old_one_or_whole(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         checkpoint.write_json(path, {"a": 2, "b": object()})
 
-    def cut(self, text):
+    def cut(self, text, encoding):
         with open(self, "w") as file:
             file.write(text[:3])
         raise OSError(28, "No space left on device")

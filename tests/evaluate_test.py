@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ralenet_jax import checkpoint, evaluate, input_pipeline, models, optim, steps
+from ralenet_jax import checkpoint, evaluate, export, input_pipeline, main, models, optim, steps
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
 from ralenet_jax.main import load_config
@@ -63,6 +63,18 @@ def paper(data_dir, run):
     config = configure(data_dir, "eval.kinds=bw,em", "eval.snr_db=-4,2")
     lines = []
     return config, evaluate.evaluate(config, run, log=lines.append), "\n".join(lines)
+
+
+def test_exported_weights_give_the_same_figures(paper, run, data_dir, tmp_path, capsys):
+    file = tmp_path / "half.safetensors"
+    export.write(export.restore(paper[0], run), "safetensors", file)
+    arguments = ["--mode=evaluate", f"--weights={file}", f"--workdir={tmp_path / 'again'}", f"--data-dir={data_dir}"]
+    arguments += ["--config.eval.kinds=bw,em", "--config.eval.snr_db=-4,2"]
+    assert main.main(arguments) == 0
+    again = json.loads((tmp_path / "again/evaluation.json").read_text())
+    assert again["conditions"] == paper[1]["conditions"]
+    assert main.main([*arguments, "--records=."]) == 2
+    assert "leave it or --weights out" in capsys.readouterr().err
 
 
 def test_every_kind_and_ratio_with_every_measure_of_input_and_output(paper):

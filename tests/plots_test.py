@@ -136,3 +136,12 @@ def test_without_matplotlib_the_extra_is_named():
     assert done.stderr.splitlines()[-1] == (
         'ImportError: figures need the library matplotlib; install it with: pip install "ralenet_jax[plots]"'
     )
+
+
+def test_table_with_and_without_curves(tmp_path):
+    columns, rows = ["bw −4 dB", "ma −4 dB"], {"dwt": ["−3.99", "–"], "dwt, published": ["1.00", "1.32"]}
+    curves = {f"run {number}": [{"epoch": 1, "snr_db": 4.0}, {"epoch": 2, "snr_db": number}] for number in range(12)}
+    bare = plots.table_figure(tmp_path / "bare.png", columns, rows, {})
+    whole = plots.table_figure(tmp_path / "whole.png", columns, rows, curves)
+    heights = [int.from_bytes(path.read_bytes()[20:24]) for path in (bare, whole)]  # PNG: the height is at byte 20
+    assert heights[1] > heights[0] + 300
