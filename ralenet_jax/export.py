@@ -61,7 +61,7 @@ class Trained:
     def texts(self) -> dict[str, str]:
         """What goes with the weights, as JSON, by the names in `TEXTS`."""
         settings = json.loads(self.config.to_json())
-        del settings["data"]["dir"]  # the user's own affair
+        del settings["data"]["dir"], settings["model"]["base"]  # the user's own affair
         values = (settings, list(self.window), self.provenance)
         return {name: json.dumps(value) for name, value in zip(TEXTS, values, strict=True)}
 

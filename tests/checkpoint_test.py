@@ -198,6 +198,7 @@ def test_another_configuration_is_refused_by_the_key_that_differs(tmp_path, key,
         ("train.eval_every", 5),
         ("train.checkpoint_every", 5),
         ("data.dir", "elsewhere"),
+        ("model.base", "elsewhere"),
         ("num_devices", 1),
         ("eval.kinds", "bw,ma"),
         ("eval.snr_db", (0.0, 4.0)),
@@ -214,6 +215,16 @@ def test_what_may_change_between_a_run_and_its_continuation(tmp_path, key, value
         found = found[part]
     assert found == (list(value) if isinstance(value, tuple) else value)
     checkpoint.claim(tmp_path, changed)  # and the same one is no other
+
+
+def test_what_is_saved_is_found_without_a_trace(tmp_path):
+    assert not checkpoint.is_saved(tmp_path / "nothing") and not checkpoint.is_saved(tmp_path)
+    unfinished = tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp"
+    unfinished.mkdir(parents=True)
+    assert not checkpoint.is_saved(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints", unfinished.name]
+    save(tmp_path, 1.0)
+    assert checkpoint.is_saved(tmp_path)
 
 
 def test_missing_or_broken_configuration_is_a_user_s_error(tmp_path):
