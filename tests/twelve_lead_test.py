@@ -32,9 +32,9 @@ def test_twelve_leads_in_and_out():
     [((1, 256, 2), "expects [B, L, 12]"), ((1, 250, 12), "divisible by 16"), ((256, 12), "expected [B, L, leads]")],
 )
 def test_other_windows_are_refused(shape, said):
-    with pytest.raises(UserError, match="^[^\n]+$") as caught:
+    with pytest.raises(UserError) as caught:
         jax.eval_shape(build_model("ralenet_12lead").init, jax.random.key(0), jnp.zeros(shape))
-    assert said in str(caught.value)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_fifth_of_a_percent_trains():
@@ -131,7 +131,7 @@ def test_evaluation_counts_what_trained_on_the_records_of_ludb(data_dir, base, t
 )
 def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(data_dir, base, tmp_path, overrides, said):
     more = ["data.num_windows=80", "data.num_train=64"]
-    with pytest.raises(UserError, match="^[^\n]+$") as caught:
+    with pytest.raises(UserError) as caught:
         train.train(configure(data_dir, base[0], *more, *overrides), tmp_path / "run")
-    assert said in str(caught.value)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
