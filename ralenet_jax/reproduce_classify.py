@@ -56,13 +56,17 @@ def reproduce(workdir: str | Path, overrides: list[str], log: Callable[[str], No
         "table": "classify",
         "splits": splits,
         "beats": beats,
-        "denoisers": {cell.name: reproduce_cells.state_of(cell, workdir, config) for cell in cells},
+        "denoisers": {cell.name: _state(cell, workdir, overrides) for cell in cells},
         "provenance": provenance.describe(config, 1),
     }
     checkpoint.write_json(folder / "table.json", result)
     checkpoint.write_text(folder / "table.md", markdown(result))
     log(f"written to {folder}: table.json, table.md")
     return result
+
+
+def _state(cell: Cell, workdir: str | Path, overrides: list[str]) -> str:
+    return reproduce_cells.state_of(cell, workdir, reproduce_cells.config_of(cell, workdir, overrides))
 
 
 def _classifier(path: Path, training: input_pipeline.Windows, seed: int, log: Callable[[str], None]) -> dict[str, Any]:
