@@ -121,10 +121,11 @@ def inference(config: ConfigDict, devices: Sequence[jax.Device], length: int) ->
     """
     batch = config.train.batch_size
     model = train_state.model_from_config(config)
-    noisy = np.random.default_rng(2).standard_normal((batch, length, _LEADS), np.float32)
+    shape = (len(devices), batch // len(devices), length, _LEADS)
+    noisy = np.random.default_rng(2).standard_normal(shape, np.float32)
     noisy = jax.device_put(noisy, NamedSharding(Mesh(np.array(devices), (steps.AXIS,)), PartitionSpec(steps.AXIS)))
     variables = steps.replicate(fresh_state(config).variables, devices)
-    apply = jax.jit(model.apply)
+    apply = steps.build_inference(model, devices)
     under_way = collections.deque()
 
     def infer() -> int:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ralenet_jax import checkpoint, filters, input_pipeline, noise, optim, provenance, steps, writer
+from ralenet_jax import checkpoint, input_pipeline, noise, optim, provenance, steps, writer
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
 
@@ -206,6 +206,8 @@ def evaluate_filter(
     Raises:
         UserError: for a missing shard set, or an unknown condition.
     """
+    from ralenet_jax import filters  # as SciPy below: a training has no use for it
+
     devices = choose_devices(config)[:1]
     windows = input_pipeline.read_split(config, split)
     apply = filters.FILTERS[config.model.name]
@@ -320,6 +322,8 @@ def example_windows(
     Raises:
         UserError: for a missing run, checkpoint or shard set.
     """
+    from ralenet_jax import filters
+
     devices = choose_devices(config)[:1]
     if config.model.name in filters.FILTERS:
         model, variables = _Nothing, {}

@@ -38,15 +38,19 @@ def create_state(
     model: nn.Module, optimizer: optax.GradientTransformation, seed: int, shape: tuple[int, int]
 ) -> TrainState:
     """Fresh state for windows of `shape` (samples, leads): the same from the same seed on every platform."""
+
+    def create() -> TrainState:
+        variables = model.init(jax.random.key(seed), jnp.zeros((1, *shape)))
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=optimizer.init(params),
+        )
+
     with initializers.drawn_on_host(seed):
-        variables = jax.jit(lambda: model.init(jax.random.key(seed), jnp.zeros((1, *shape))))()
-    params = variables["params"]
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(params),
-    )
+        return jax.jit(create)()
 
 
 def count_parameters(params: Any) -> int:

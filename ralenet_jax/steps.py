@@ -108,8 +108,10 @@ def denoise_step(model, protocol: str, state_variables, batch, source: NoiseSour
     return {name: window * mixture.scale + mixture.offset for name, window in named.items()}
 
 
-def _pmap(step: Callable, devices: Sequence[jax.Device], in_axes: tuple, donate: tuple[int, ...] = ()) -> Callable:
-    return jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=donate)
+def _pmap(
+    step: Callable, devices: Sequence[jax.Device], in_axes: tuple, donate: tuple[int, ...] = (), out_axes=None
+) -> Callable:
+    return jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=donate)
 
 
 def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Sequence[jax.Device]) -> Callable:
@@ -136,6 +138,14 @@ def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Seq
 def build_eval_step(model, protocol: str, devices: Sequence[jax.Device]) -> Callable:
     """Builds `(variables, batch, source) → sums` over devices; the batch's arrays are `[devices, B, …]`."""
     return _pmap(functools.partial(eval_step, model, protocol), devices, (None, 0, None))
+
+
+def build_inference(model, devices: Sequence[jax.Device]) -> Callable:
+    """Builds `(variables, noisy) → denoised`, both `[devices, B, L, C]`, normalised as in training.
+
+    Each device has a program of its own: one over a sharded batch would move the pieces that attention is cut into.
+    """
+    return _pmap(model.apply, devices, (None, 0), out_axes=0)
 
 
 def replicated(devices: Sequence[jax.Device]) -> NamedSharding:

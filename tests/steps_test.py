@@ -136,6 +136,18 @@ def test_evaluation_counts_every_window_once_and_no_padding(small):
     np.testing.assert_allclose(shown["clean"], clean[:5] - clean[:5].mean(1, keepdims=True), atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_inference_is_the_plain_model_on_every_device(small, count):
+    devices = jax.devices()[:count]
+    noisy = small.batch["clean"][0]
+    variables = steps.replicate(small.state.variables, devices)
+    split = noisy.reshape(count, _BATCH // count, _LENGTH, 2)
+    denoised = steps.build_inference(small.model, devices)(variables, split)
+    assert denoised.shape == split.shape
+    plain = small.model.clone(axis_name=None).apply(small.state.variables, noisy)
+    np.testing.assert_allclose(np.reshape(denoised, noisy.shape), plain, atol=1e-6)
+
+
 class _Around(nn.Module):
     """A frozen part between two that train."""
 
