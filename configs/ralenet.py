@@ -18,7 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     # Folder with the shards that `ralenet prepare` wrote.
     config.data.dir = "data"
-    # "mitdb": two leads; "ludb": twelve, always split by record.
+    # "mitdb": two leads, windows around beats; "mitdb_recordings": windows from anywhere in the same recordings, with
+    # varied gains and polarities, single leads, hum and white noise, and R peaks as a detector tells them (honest
+    # protocol only); "ludb": twelve leads, always split by record.
     config.data.database = "mitdb"
     # Which windows are drawn, and how they are split (mitdb under the paper's protocol only).
     config.data.seed = 0

@@ -1,4 +1,4 @@
-"""MIT-BIH Arrhythmia Database: one example per annotated beat.
+"""MIT-BIH Arrhythmia Database: one example per annotated beat, and the recordings whole.
 
 Records and their splits are those of de Chazal, O'Dwyer, Reilly, "Automatic classification of heartbeats using ECG
 morphology and heartbeat interval features", IEEE Trans Biomed Eng 51(7):1196-1206 (2004), with one change: records
@@ -67,3 +67,34 @@ class Mitdb(shards.Builder):
                 "symbol": str(symbol),
                 "leads": header.sig_name,
             }
+
+
+class MitdbRecordings(Mitdb, skip_registration=True):
+    """Writes the same splits with one example per recording: for windows that are not centred on a beat.
+
+    `signal` int16 [N, 2] as in the windows, `beats` int32 [n] the samples of the annotated beats.
+    """
+
+    name = "mitdb_recordings"  # else TFDS takes the parent's
+    DESCRIPTION = "Recordings of half an hour (360 Hz, two leads, ADC units) with the samples of their beats."
+    FEATURES = {
+        "signal": tfds.features.Tensor(shape=(None, 2), dtype=np.int16, encoding="bytes"),
+        "gain": tfds.features.Tensor(shape=(2,), dtype=np.float32),
+        "baseline": tfds.features.Tensor(shape=(2,), dtype=np.int32),
+        "record": tfds.features.Text(),
+        "beats": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+        "leads": tfds.features.Tensor(shape=(2,), dtype=np.str_),
+    }
+
+    def read_examples(self, record: str) -> Iterator[dict]:
+        """Reads one recording."""
+        header = physionet.read_record(self.copy, record)
+        annotation = physionet.read_annotation(self.copy, record)
+        yield {
+            "signal": header.d_signal,
+            "gain": np.array(header.adc_gain, np.float32),
+            "baseline": np.array(header.baseline, np.int32),
+            "record": record,
+            "beats": annotation.sample[windows.is_beat(annotation.symbol)].astype(np.int32),
+            "leads": header.sig_name,
+        }

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from data_prep import ludb, mitdb, nstdb, physionet, shards
 
-BUILDERS = {"mitdb": mitdb.Mitdb, "nstdb": nstdb.Nstdb, "ludb": ludb.Ludb}
+BUILDERS = {"mitdb": (mitdb.Mitdb, mitdb.MitdbRecordings), "nstdb": (nstdb.Nstdb,), "ludb": (ludb.Ludb,)}
 DOWNLOADS = "physionet"  # below the data folder
 
 
@@ -52,12 +52,18 @@ def prepare(
             else:
                 copy = physionet.verify(database, source)
             report(f"{database}: {len(copy.records)} records, {len(copy.checksums)} files verified in {copy.folder}")
-            started = time.monotonic()
-            directory, is_new = shards.build(BUILDERS[name], copy, data_dir)
-            done = f"written in {time.monotonic() - started:.1f} s" if is_new else "there from the same source, kept"
-            info = tfds.builder_from_directory(directory).info
-            counts = ", ".join(f"{split} {info.splits[split].num_examples:,}" for split in sorted(info.splits))
-            report(f"{database}: {counts} examples in {directory} ({done}; digest {info.metadata['digest']})")
+            for builder in BUILDERS[name]:
+                report(f"{database}: {_build(builder, copy, data_dir)}")
+
+
+def _build(builder: type[shards.Builder], copy: physionet.Copy, data_dir: Path) -> str:
+    """Builds one shard set; tells what there is now."""
+    started = time.monotonic()
+    directory, is_new = shards.build(builder, copy, data_dir)
+    done = f"written in {time.monotonic() - started:.1f} s" if is_new else "there from the same source, kept"
+    info = tfds.builder_from_directory(directory).info
+    counts = ", ".join(f"{split} {info.splits[split].num_examples:,}" for split in sorted(info.splits))
+    return f"{counts} examples in {directory} ({done}; digest {info.metadata['digest']})"
 
 
 def main(argv: list[str]) -> int:

@@ -155,7 +155,8 @@ def build(builder_class: type[Builder], copy: physionet.Copy, data_dir: Path) ->
     Raises:
         PrepareError: a record cannot be used, or the shards cannot be written.
     """
-    directory = data_dir / copy.database.folder
+    folder = Path(builder_class.name, str(builder_class.VERSION))
+    directory = data_dir / folder
     staging = data_dir / STAGING
     try:
         shutil.rmtree(staging, ignore_errors=True)  # a killed call may have left one
@@ -166,7 +167,7 @@ def build(builder_class: type[Builder], copy: physionet.Copy, data_dir: Path) ->
             builder.download_and_prepare()
         shutil.rmtree(directory, ignore_errors=True)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        (staging / copy.database.folder).rename(directory)
+        (staging / folder).rename(directory)
     except (OSError, RuntimeError) as error:
         # array_record tells what the system refused in a RuntimeError, "…: write() failed: No space left on device; …"
         refused = getattr(error, "strerror", None) or str(error).partition("() failed: ")[2].partition(";")[0]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ralenet_jax import checkpoint, input_pipeline, noise, optim, provenance, steps, writer
+from ralenet_jax import augment, checkpoint, input_pipeline, noise, optim, provenance, steps, writer
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
 
@@ -43,6 +43,8 @@ def noise_source(config: ConfigDict, recordings: np.ndarray, split: str, kinds: 
     """The noise of a split under a condition: what `steps` takes. Its key comes from `noise.seed`."""
     span = input_pipeline.noise_span(config, split, recordings.shape[1])
     chosen = noise.condition(kinds, low, high, span)
+    if config.data.database == input_pipeline.RECORDINGS:
+        recordings, chosen = augment.unit_noise(recordings, chosen)
     return steps.NoiseSource(recordings, chosen, jax.random.key(config.noise.seed))
 
 

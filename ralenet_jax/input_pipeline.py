@@ -13,13 +13,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from ralenet_jax import noise
+from ralenet_jax import noise, recordings
 from ralenet_jax.errors import UserError
 
 # Records of DS1 that never train: they validate under the honest protocol.
 VALIDATION_RECORDS = ("109", "116", "124", "205", "223")
 # Of each database: the split that trains, the one that tests, others.
 _SPLITS = {"mitdb": ("ds1", "ds2", "paced"), "ludb": ("train", "test")}
+RECORDINGS = "mitdb_recordings"  # mitdb's recordings whole: windows from anywhere in them
 _READ_AT_ONCE = 4096
 
 
@@ -48,6 +49,16 @@ class Windows:
 
     def __getitem__(self, index: np.ndarray) -> "Windows":
         return Windows(**{field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Samples and leads of a window."""
+        return self.signal.shape[1:]
+
+    def batch(self, index: np.ndarray, shift: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """ "clean" `[n, L, C]` in mV and "id" of some windows; a beat's stays where it is, whatever the shift."""
+        chosen = self[index]
+        return {"clean": chosen.millivolts(), "id": chosen.id}
 
     def millivolts(self) -> np.ndarray:
         """The windows in mV, float32 `[N, L, C]`."""
@@ -89,13 +100,16 @@ def split_sizes(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
 
 
 def _open_database(config: ConfigDict) -> tfds.core.DatasetBuilder:
-    if config.data.database not in _SPLITS:
-        raise UserError(f"data.database is {config.data.database!r}; expected one of {', '.join(_SPLITS)}")
+    if config.data.database not in (*_SPLITS, RECORDINGS):
+        there = ", ".join((*_SPLITS, RECORDINGS))
+        raise UserError(f"data.database is {config.data.database!r}; expected one of {there}")
     return open_shards(config.data.dir, config.data.database)
 
 
 def window_shape(config: ConfigDict) -> tuple[int, int]:
     """Samples and leads of a window."""
+    if config.data.database == RECORDINGS:
+        return recordings.WINDOW, 2
     return tuple(_open_database(config).info.features["signal"].shape)
 
 
@@ -118,7 +132,17 @@ def _validates(database: str, record: np.ndarray) -> np.ndarray:
     return record.astype(int) % 5 == 4  # the test records' neighbours: theirs are the numbers that 5 divides
 
 
-def read_split(config: ConfigDict, split: str) -> Windows:
+def _read_recordings(config: ConfigDict, builder: tfds.core.DatasetBuilder, split: str) -> recordings.Recordings:
+    if config.protocol != "honest":
+        raise UserError(f"{RECORDINGS} are split by record; set protocol='honest', not {config.protocol!r}")
+
+    def chosen(record: str) -> bool:
+        return split == "test" or (record in VALIDATION_RECORDS) == (split == "validation")
+
+    return recordings.read(builder, "ds2" if split == "test" else "ds1", chosen)
+
+
+def read_split(config: ConfigDict, split: str) -> Windows | recordings.Recordings:
     """Reads the "train", "validation" or "test" windows of the configured database and protocol.
 
     ludb is always split by record. Under the honest protocol a fifth of its records (number mod 5 is 4) validates
@@ -128,9 +152,11 @@ def read_split(config: ConfigDict, split: str) -> Windows:
         UserError: if the shards are not there, or the configured split leaves a part empty.
     """
     builder = _open_database(config)
-    sizes, database = split_sizes(builder), config.data.database
     if config.protocol not in noise.PROTOCOLS:
         raise UserError(f"protocol is {config.protocol!r}; expected one of {', '.join(noise.PROTOCOLS)}")
+    if config.data.database == RECORDINGS:
+        return _read_recordings(config, builder, split)
+    sizes, database = split_sizes(builder), config.data.database
     honest = config.protocol == "honest"
     if database == "mitdb" and not honest:
         return read_windows(builder, _random_split(config, sum(sizes.values()))[split])
@@ -195,19 +221,23 @@ def _by_device(array: np.ndarray, axis: int, devices: int) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(split, axis, 0))
 
 
-def train_block(windows: Windows, indices: np.ndarray, devices: int) -> dict[str, np.ndarray]:
-    """Clean windows of K steps: `indices` `[K, B]` → "clean" `[devices, K, B/devices, L, C]` in mV and "id"."""
-    chosen = windows[indices.ravel()]
-    clean = chosen.millivolts().reshape(*indices.shape, *windows.signal.shape[1:])
-    return {"clean": _by_device(clean, 1, devices), "id": _by_device(chosen.id.reshape(indices.shape), 1, devices)}
+def train_block(windows, indices: np.ndarray, devices: int, seed: int = 0, epoch: int = 0) -> dict[str, np.ndarray]:
+    """Clean windows of K steps of an epoch: `indices` `[K, B]` → "clean" `[devices, K, B/devices, L, C]` in mV, "id".
+
+    Those of recordings begin elsewhere in every epoch, and tell their R peaks and level too.
+    """
+    shift = np.random.default_rng([seed, epoch, 1]).integers(0, windows.shape[0], len(windows))[indices.ravel()]
+    batch = windows.batch(indices.ravel(), shift)
+    return {
+        name: _by_device(array.reshape(*indices.shape, *array.shape[1:]), 1, devices) for name, array in batch.items()
+    }
 
 
-def eval_batches(windows: Windows, batch_size: int, devices: int) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(windows, batch_size: int, devices: int) -> Iterator[dict[str, np.ndarray]]:
     """All windows once, in order; the last batch is padded, "mask" is 0 there. Arrays are `[devices, B/devices, …]`."""
     batch_size = math.ceil(min(batch_size, len(windows)) / devices) * devices
     for start in range(0, len(windows), batch_size):
         index = np.arange(start, start + batch_size)
         mask = (index < len(windows)).astype(np.float32)
-        chosen = windows[np.minimum(index, len(windows) - 1)]
-        batch = {"clean": chosen.millivolts(), "id": chosen.id, "mask": mask}
+        batch = windows.batch(np.minimum(index, len(windows) - 1)) | {"mask": mask}
         yield {name: _by_device(array, 0, devices) for name, array in batch.items()}

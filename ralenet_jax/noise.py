@@ -84,7 +84,7 @@ def _noise_leads(recordings: jax.Array, weights: jax.Array, span: jax.Array, key
     return jax.vmap(one_lead, out_axes=1)(jax.random.split(key, leads))
 
 
-def _draw(
+def draw(
     recordings: jax.Array, chosen: Condition, key: jax.Array, shape: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
     """The noise `[L, C]` in mV of one window of this shape, and its ratio in dB."""
@@ -124,7 +124,7 @@ def mix(protocol: str, recordings: jax.Array, chosen: Condition, clean: jax.Arra
     clean = clean - jnp.mean(clean, over, keepdims=True)
     if protocol == "paper":
         clean = clean / jnp.sqrt(jnp.maximum(jnp.mean(jnp.square(clean), (1, 2), keepdims=True), _TINY))
-    noise, ratio_db = jax.vmap(lambda key: _draw(recordings, chosen, key, clean.shape[1:]))(keys)
+    noise, ratio_db = jax.vmap(lambda key: draw(recordings, chosen, key, clean.shape[1:]))(keys)
     noise = noise - jnp.mean(noise, over, keepdims=True)
     noisy = clean + _scaled(noise, clean, ratio_db)
     offset = jnp.zeros((clean.shape[0], 1, 1), clean.dtype)

@@ -16,7 +16,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ralenet_jax import metrics, noise, optim
+from ralenet_jax import augment, metrics, noise, optim
 
 AXIS = "batch"
 
@@ -31,9 +31,12 @@ class NoiseSource:
     key: jax.Array
 
 
-def _noisy_windows(protocol: str, source: NoiseSource, batch: dict[str, jax.Array], key, step) -> noise.Mixture:
+def _noisy_windows(protocol: str, source: NoiseSource, batch: dict[str, jax.Array], key, step):
+    """The mixture, and what the model takes besides: the R peaks, where a batch tells of them."""
     keys = noise.window_keys(key, batch["id"], step)
-    return noise.mix(protocol, source.recordings, source.condition, batch["clean"], keys)
+    if "r_peak" in batch:
+        return augment.mix(source.recordings, source.condition, batch, keys)
+    return noise.mix(protocol, source.recordings, source.condition, batch["clean"], keys), {}
 
 
 def _mean_over_devices(tree: Any) -> Any:
@@ -48,21 +51,25 @@ def train_step(model, optimizer, protocol: str, fresh: bool, state, batch, sourc
     Args:
         model, optimizer, protocol, fresh: what is trained and how noise is drawn; static.
         state: the `TrainState` before.
-        batch: "clean" float32 `[B, L, C]` in mV and "id" int32 `[B]`.
+        batch: "clean" float32 `[B, L, C]` in mV and "id" int32 `[B]`; of recordings also what `augment.mix` takes.
         source: the noise.
         key: key of the run; used where noise is fresh.
 
     Returns:
         The state after, and the loss and the mean SNR in dB before the update, over all devices.
     """
-    mixture = _noisy_windows(protocol, source, batch, *((key, state.step) if fresh else (source.key, None)))
+    mixture, peaks = _noisy_windows(protocol, source, batch, *((key, state.step) if fresh else (source.key, None)))
 
     def loss_of(params):
         # The gradient of what does not train is a quarter of the work.
         trains = optim.trainable(model, params)
         params = jax.tree.map(lambda leaf, does: leaf if does else jax.lax.stop_gradient(leaf), params, trains)
         output, updates = model.apply(
-            {"params": params, "batch_stats": state.batch_stats}, mixture.noisy, train=True, mutable=["batch_stats"]
+            {"params": params, "batch_stats": state.batch_stats},
+            mixture.noisy,
+            train=True,
+            mutable=["batch_stats"],
+            **peaks,
         )
         return metrics.squared_error(mixture.clean, output), (output, updates.get("batch_stats", {}))
 
@@ -101,8 +108,8 @@ def eval_step(model, protocol: str, state_variables, batch, source: NoiseSource)
 
 def denoise_step(model, protocol: str, state_variables, batch, source: NoiseSource) -> dict[str, jax.Array]:
     """Clean, noisy and denoised windows `[B, L, C]` in the units of the metrics."""
-    mixture = _noisy_windows(protocol, source, batch, source.key, None)
-    output = model.apply(state_variables, mixture.noisy)
+    mixture, peaks = _noisy_windows(protocol, source, batch, source.key, None)
+    output = model.apply(state_variables, mixture.noisy, **peaks)
     # Measured after undoing the normalisation, against the centred clean window: an offset is not signal.
     named = {"clean": mixture.clean, "noisy": mixture.noisy, "denoised": output}
     return {name: window * mixture.scale + mixture.offset for name, window in named.items()}
@@ -146,6 +153,15 @@ def build_inference(model, devices: Sequence[jax.Device]) -> Callable:
     Each device has a program of its own: one over a sharded batch would move the pieces that attention is cut into.
     """
     return _pmap(model.apply, devices, (None, 0), out_axes=0)
+
+
+def build_denoiser(model, devices: Sequence[jax.Device]) -> Callable:
+    """Builds `(variables, noisy, r_peak, r_mask) → denoised`: as `build_inference`, with R peaks `[devices, B, K]`."""
+
+    def denoise(variables, noisy, r_peak, r_mask):
+        return model.apply(variables, noisy, r_peak, r_mask=r_mask)
+
+    return _pmap(denoise, devices, (None, 0, 0, 0), out_axes=0)
 
 
 def replicated(devices: Sequence[jax.Device]) -> NamedSharding:

@@ -124,7 +124,7 @@ class _Run:
         self.base: dict[str, Any] | None = None  # where the frozen part came from, if it came in this start
         optimizer = optim.build_optimizer(config, self.total_steps, model)
         self.key = jax.random.key(config.seed)
-        state = train_state.create_state(model, optimizer, config.seed, self.train_windows.signal.shape[1:])
+        state = train_state.create_state(model, optimizer, config.seed, self.train_windows.shape)
         self.state = steps.replicate(state, self.devices)
         self._block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, self.devices)
         self._eval_step = steps.build_eval_step(model, config.protocol, self.devices)
@@ -133,7 +133,7 @@ class _Run:
         """Puts the trained model that `model.base` names into a fresh state, if the model is built around one."""
         if not hasattr(self.model, "FROZEN"):
             return
-        shape = (self.train_windows.signal.shape[1], self.model.BASE_LEADS)
+        shape = (self.train_windows.shape[0], self.model.BASE_LEADS)
         variables, self.base = base_model.read(self.config, shape, self.devices)
         parts = {name: values | {self.model.FROZEN: variables[name]} for name, values in self.state.variables.items()}
         self.state = self.state.replace(**parts)
@@ -148,7 +148,8 @@ class _Run:
         indices = input_pipeline.batch_indices(self.config.seed, step, count, len(self.train_windows), self.batch_size)
         # A shorter block is filled up, so that one compiled program serves all; what fills it is not trained on.
         indices = np.pad(indices, ((0, self.block_steps - count), (0, 0)))
-        block = input_pipeline.train_block(self.train_windows, indices, len(self.devices))
+        epoch = step // self.epoch_steps
+        block = input_pipeline.train_block(self.train_windows, indices, len(self.devices), self.config.seed, epoch)
         self.state, scalars = self._block(self.state, block, np.int32(count), self.train_noise, self.key)
         # Fetched before the next dispatch: an unbounded queue over several CPU devices can abort in a collective.
         return {name: values[:count] for name, values in jax.device_get(scalars).items()}

@@ -11,21 +11,47 @@ from ralenet_jax.models.attention import attend
 HEADS, BATCH, HEAD_DIM, LENGTH, WINDOW = 2, 4, 4, 24, 8
 
 
-def plain(query, key, value, bias, starts):
-    """Attention as the paper writes it, differentiated by JAX; each logit looks its bias up."""
-    place = np.arange(LENGTH) - np.array(starts)[:, None]  # [B, L]
-    inside = (place >= 0) & (place < WINDOW)
-    place = place.clip(0, WINDOW - 1)
-    both = inside[:, :, None] & inside[:, None]
-    on_map = jnp.where(both[None], bias[:, place[:, :, None], place[:, None]], 0.0)
+def softmax_attention(query, key, value, on_map):
+    """Attention as the paper writes it, differentiated by JAX; the bias `[H, B, L, L]` stands on the whole map."""
     logits = jnp.einsum("hbdi,hbdj->hbij", query, key) + on_map
     return jnp.einsum("hbij,hbdj->hbdi", jax.nn.softmax(logits, -1), value)
 
 
-def inputs():
+def plain(query, key, value, bias, start):
+    """One window at the same place in every example; each logit looks its bias up."""
+    place = np.arange(LENGTH) - start
+    inside = (place >= 0) & (place < WINDOW)
+    place = place.clip(0, WINDOW - 1)
+    on_map = jnp.where(np.outer(inside, inside), bias[:, place[:, None], place[None]], 0.0)
+    return softmax_attention(query, key, value, on_map[:, None])
+
+
+def plain_windows(query, key, value, bias, starts):
+    """Every example has windows of its own, `starts` a list for each; what is in two of them counts once."""
+    both = np.zeros((BATCH, LENGTH, LENGTH), bool)
+    for example, of_example in enumerate(starts):
+        for start in of_example:
+            both[example, max(start, 0) : max(start + WINDOW, 0), max(start, 0) : max(start + WINDOW, 0)] = True
+    return softmax_attention(query, key, value, jnp.where(both, bias[:, None], 0.0))
+
+
+def bits(starts):
+    """What `attend` takes for `plain_windows`' starts."""
+    found = np.zeros((BATCH, LENGTH), np.int32)
+    for example, of_example in enumerate(starts):
+        for window, start in enumerate(of_example):
+            found[example, max(start, 0) : max(start + WINDOW, 0)] |= 1 << window
+    return jnp.array(found)
+
+
+# One that hangs over an edge, two apart, two that overlap, none.
+STARTS = [[-3], [1, 14], [6, 9], []]
+
+
+def inputs(width=WINDOW):
     random = np.random.default_rng(0)
     features = [random.standard_normal((HEADS, BATCH, HEAD_DIM, LENGTH)) for _ in range(3)]
-    bias = random.standard_normal((HEADS, WINDOW, WINDOW))
+    bias = random.standard_normal((HEADS, width, width))
     return [jnp.asarray(array, jnp.float32) for array in (*features, bias)]
 
 
@@ -43,34 +69,32 @@ def assert_same_with_gradients(ours, twin, arguments):
 @pytest.mark.parametrize("start", [8, 0, -3, 20, -9, 30], ids=lambda start: f"start{start}")
 def test_fixed_window_agrees_with_twin(start):
     ours = lambda *arguments: attend(*arguments, start)  # noqa: E731
-    assert_same_with_gradients(ours, lambda *arguments: plain(*arguments, [start] * BATCH), inputs())
+    assert_same_with_gradients(ours, lambda *arguments: plain(*arguments, start), inputs())
 
 
 def test_windows_of_each_example_agree_with_twin():
-    starts = [8, -3, 20, 0]
-    ours = lambda *arguments: attend(*arguments, jnp.array(starts))  # noqa: E731
-    assert_same_with_gradients(ours, lambda *arguments: plain(*arguments, starts), inputs())
+    ours = lambda *arguments: attend(*arguments, inside=bits(STARTS))  # noqa: E731
+    assert_same_with_gradients(ours, lambda *arguments: plain_windows(*arguments, STARTS), inputs(LENGTH))
 
 
 def test_no_bias_agrees_with_twin():
-    *features, bias = inputs()
-    assert_same_with_gradients(attend, lambda *features: plain(*features, 0 * bias, [0] * BATCH), features)
+    *features, _ = inputs()
+    assert_same_with_gradients(attend, lambda *features: softmax_attention(*features, 0.0), features)
 
 
-@pytest.mark.parametrize("starts", [None, 8, [8, -3, 20, 0]], ids=["no bias", "fixed window", "windows of each"])
-def test_batch_in_pieces_agrees_with_twin(starts, monkeypatch):
+@pytest.mark.parametrize("kind", ["no bias", "fixed window", "windows of each"])
+def test_batch_in_pieces_agrees_with_twin(kind, monkeypatch):
     # Maps of two examples fit for the queries outside the window.
     monkeypatch.setattr(attention, "_PIECE_BYTES", 2 * 4 * HEADS * LENGTH * LENGTH)
     jax.clear_caches()
-    *features, bias = inputs()
-    if starts is None:
-        ours, twin = attend, lambda *features: plain(*features, 0 * bias, [0] * BATCH)
-        arguments = features
+    arguments = inputs(LENGTH if kind == "windows of each" else WINDOW)
+    if kind == "no bias":
+        ours, twin = attend, lambda *features: softmax_attention(*features, 0.0)
+        arguments = arguments[:3]
+    elif kind == "fixed window":
+        ours, twin = lambda *a: attend(*a, 8), lambda *a: plain(*a, 8)
     else:
-        arguments = [*features, bias]
-        each = [starts] * BATCH if isinstance(starts, int) else starts
-        ours = lambda *a: attend(*a, starts if isinstance(starts, int) else jnp.array(starts))  # noqa: E731
-        twin = lambda *a: plain(*a, each)  # noqa: E731
+        ours, twin = lambda *a: attend(*a, inside=bits(STARTS)), lambda *a: plain_windows(*a, STARTS)
     assert "scan" in str(jax.make_jaxpr(ours)(*arguments))
     assert_same_with_gradients(ours, twin, arguments)
     monkeypatch.setattr(attention, "_PIECE_BYTES", 1)  # one by one

@@ -48,27 +48,71 @@ def test_each_example_has_its_own_r_peak():
     assert jnp.abs(together - apply(variables, x)).max() > 1e-3
 
 
-def window_starts(monkeypatch, length, r_peak=None):
-    """First samples of the windows of the blocks that are traced, as `attend` gets them."""
+def windows_of_levels(monkeypatch, length, *peaks):
+    """What `attend` gets of every level, one block of each: (first sample, the bits of the samples)."""
+    model, (_, variables) = build_model("ralenet"), model_and_variables()
+    jax.clear_caches()  # of blocks that another test traced
+
+    def run(*peaks):
+        seen = []
+        # One block a level is traced for all.
+        monkeypatch.setattr(ralenet, "attend", lambda query, _k, _v, _bias, *where: seen.append(where) or query)
+        model.apply(variables, windows(2, length), *peaks[:1], r_mask=peaks[1] if peaks[1:] else None)
+        starts.extend(start for start, _ in seen)
+        return [inside for _, inside in seen if inside is not None]
+
     starts = []
-    monkeypatch.setattr(ralenet, "attend", lambda query, _key, _value, _bias, start: starts.append(start) or query)
-    model = build_model("ralenet")
-    _, variables = model_and_variables()
-
-    def run(r_peak):
-        model.apply(variables, windows(1, length), r_peak)
-        return [start for start in starts if start is not None]
-
-    return jax.jit(run)(r_peak), starts
+    return starts, jax.jit(run)(*peaks)
 
 
 def test_window_of_a_level_stands_around_the_r_peak(monkeypatch):
-    _, starts = window_starts(monkeypatch, 256)
-    # One block a level is traced for all: (256 − 32)/2, (128 − 16)/2, (64 − 8)/2, (32 − 4)/2; none at the bottleneck.
-    assert starts == [112, 56, 28, 14, None]
-    of_peak_7, _ = window_starts(monkeypatch, 16, jnp.array([7]))
-    # 7 − 16, 3 − 8, 1 − 4, 0 − 2
-    assert [int(start[0]) for start in of_peak_7[:8:2]] == [-9, -5, -3, -2]
+    starts, inside = windows_of_levels(monkeypatch, 256)
+    # (256 − 32)/2, (128 − 16)/2, (64 − 8)/2, (32 − 4)/2; none at the bottleneck.
+    assert starts == [112, 56, 28, 14, None] and inside == []
+
+
+def test_each_r_peak_has_a_window_and_masked_ones_have_none(monkeypatch):
+    peaks = jnp.array([[40, 200, 0], [260, 128, 128]])
+    mask = jnp.array([[True, True, False], [True, True, True]])
+    starts, inside = windows_of_levels(monkeypatch, 256, peaks, mask)
+    assert starts == [None] * 5 and [bits.shape for bits in inside] == [(2, 256), (2, 128), (2, 64), (2, 32)]
+    for level, (bits, width) in enumerate(zip(inside, (32, 16, 8, 4), strict=True)):
+        first, second = 40 // 2**level - width // 2, 200 // 2**level - width // 2
+        expected = np.zeros((2, 256 // 2**level), int)
+        expected[0, first : first + width], expected[0, second : second + width] = 1, 2
+        # Beyond the end, and the same peak twice.
+        beyond, middle = 260 // 2**level - width // 2, 128 // 2**level - width // 2
+        expected[1, beyond:] += 1
+        expected[1, middle : middle + width] += 2 + 4
+        np.testing.assert_array_equal(bits, expected)
+
+
+def test_a_peak_told_twice_counts_once_and_a_masked_one_does_not():
+    model, (_, variables) = build_model("ralenet"), model_and_variables()
+    apply = jax.jit(lambda peaks, mask: model.apply(variables, windows(2), peaks, r_mask=mask))
+    peaks, mask = jnp.array([[60, 60], [60, 200]]), jnp.array([[True, True], [True, False]])
+    twice = apply(peaks, mask)
+    once = model_and_variables()[0](variables, windows(2), jnp.array([60, 60]))
+    np.testing.assert_allclose(twice, once, atol=2e-6)
+    assert jnp.abs(apply(peaks, jnp.ones_like(mask))[1] - once[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "peaks, mask, said",
+    [
+        (np.zeros((2, 40), int), None, r"r_peak is int32 \[2, 40\]; expected int32 \[2\] or \[2, up to 31\]"),
+        (np.zeros((3, 2), int), None, r"r_peak is int32 \[3, 2\]"),
+        (np.zeros((2, 2), np.float32), None, r"r_peak is float32 \[2, 2\]"),
+        (np.zeros((2, 2), int), np.ones((2, 1), bool), r"r_mask is bool \[2, 1\]; expected bool \[2, 2\]"),
+        (np.zeros((2, 2), int), np.ones((2, 2), int), r"r_mask is int32 \[2, 2\]; expected bool"),
+        (None, np.ones((2, 2), bool), "r_mask is given without r_peak"),
+    ],
+)
+def test_peaks_of_another_shape_are_refused(peaks, mask, said):
+    model = build_model("ralenet")
+    peaks = None if peaks is None else jnp.asarray(peaks)
+    with pytest.raises(UserError, match=said):
+        model.init(jax.random.key(0), windows(2), peaks, r_mask=None if mask is None else jnp.asarray(mask))
 
 
 @pytest.mark.parametrize("length", [48, 512])

@@ -36,12 +36,12 @@ class ACDAE(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, r_peak=None, train=False):
+    def __call__(self, x, r_peak=None, train=False, r_mask=None):
         """Denoises windows.
 
         Args:
             x: `[B, L, leads]`, L divisible by 16.
-            r_peak: ignored; this model has no use for the place of the R peak.
+            r_peak, r_mask: ignored; this model has no use for the place of the R peaks.
             train: ignored; training and evaluation are the same.
 
         Returns:

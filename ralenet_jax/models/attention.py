@@ -14,24 +14,27 @@ import jax.numpy as jnp
 _PIECE_BYTES = 2**23
 
 
-def attend(query, key, value, bias=None, start=None):
-    """Softmax attention with a bias on a square window of its logits.
+def attend(query, key, value, bias=None, start=None, inside=None):
+    """Softmax attention with a bias on square windows of its logits.
 
     Args:
         query: `[H, B, D, L]`, scaled already.
         key: `[H, B, D, L]`.
         value: `[H, B, D, L]`.
-        bias: `[H, W, W]`, added to the logits of the queries and keys inside the window; None for no bias.
-        start: first sample of the window, an int or int32 `[B]`; what hangs over an edge is cut.
+        bias: `[H, W, W]`, added to the logits of the queries and keys inside the one window that stands at the same
+            place in every example; or `[H, L, L]`, of which each example takes what is inside its own windows; None
+            for no bias.
+        start: first sample of the one window, an int; what hangs over an edge is cut.
+        inside: int32 `[B, L]`, which windows each sample is in, a bit for each.
 
     Returns:
         `[H, B, D, L]`.
     """
     if bias is None:
-        return _attend(query, key, value, None)
-    if isinstance(start, int):
-        return _attend_around(query, key, value, bias, start)
-    return _attend_around_each(query, key, value, bias, start)
+        return _attend(query, key, value, None, None)
+    if inside is not None:
+        return _attend(query, key, value, bias[:, None], inside[None])
+    return _attend_around(query, key, value, bias, start)
 
 
 def _attend_around(query, key, value, bias, start):
@@ -39,55 +42,44 @@ def _attend_around(query, key, value, bias, start):
     length, window = query.shape[3], bias.shape[1]
     low, high = max(start, 0), max(min(start + window, length), 0)
     if low >= high:
-        return _attend(query, key, value, None)
+        return _attend(query, key, value, None, None)
     bias = bias[:, low - start : high - start, low - start : high - start]
     # Behind the barrier the bias stays one map for the whole batch; XLA would write a copy for each example.
     bias = jax.lax.optimization_barrier(
         jax.lax.pad(bias, 0.0, [(0, 0, 0), (0, 0, 0), (low, length - high, 0)])[:, None]
     )
-    outside = _attend(jnp.concatenate([query[..., :low], query[..., high:]], 3), key, value, None)
-    inside = _attend(query[..., low:high], key, value, bias)
-    return jnp.concatenate([outside[..., :low], inside, outside[..., low:]], 3)
-
-
-def _attend_around_each(query, key, value, bias, starts):
-    """Every example has its window at another place, `starts` `[B]`."""
-    length, window = query.shape[3], bias.shape[1]
-    place = jnp.arange(length)[None] - starts[:, None]  # of every sample in the window of its example, [B, L]
-    inside = (place >= 0) & (place < window)
-
-    def take(x, index):
-        return jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[3] - 1)[None, :, None], 3)
-
-    bias = jnp.where(inside[None, :, None], take(bias[:, None], place), 0.0)  # [H, B, W, L]
-    queries = take(query, starts[:, None] + jnp.arange(window)[None])
-    out = take(_attend(queries, key, value, bias), place)
-    return jnp.where(inside[None, :, None], out, _attend(query, key, value, None))
+    outside = _attend(jnp.concatenate([query[..., :low], query[..., high:]], 3), key, value, None, None)
+    middle = _attend(query[..., low:high], key, value, bias, None)
+    return jnp.concatenate([outside[..., :low], middle, outside[..., low:]], 3)
 
 
 @jax.custom_vjp
-def _attend(query, key, value, bias):
-    """Attention of queries `[H, B, D, Q]` to keys and values `[H, B, D, L]`; bias `[H, 1 or B, Q, L]` or None."""
+def _attend(query, key, value, bias, inside):
+    """Attention of queries `[H, B, D, Q]` to keys and values `[H, B, D, L]`.
+
+    The bias is `[H, 1, Q, L]` or None; with `inside` `[1, B, L]` (then Q is L) it counts where a query and a key are in
+    the same window.
+    """
     pieces = _pieces(query, key)
     if pieces == 1:
-        return _forward(query, key, value, bias)[0]
-    out = _map_pieces(lambda *piece: _forward(*piece)[0], pieces, query, key, value, bias)
+        return _forward(query, key, value, bias, inside)[0]
+    out = _map_pieces(lambda *piece: _forward(*piece)[0], pieces, query, key, value, bias, inside)
     return _join(out, query)
 
 
-def _attend_forward(query, key, value, bias):
+def _attend_forward(query, key, value, bias, inside):
     if _pieces(query, key) == 1:
-        return _forward(query, key, value, bias)
-    return _attend(query, key, value, bias), (query, key, value, bias)
+        return _forward(query, key, value, bias, inside)
+    return _attend(query, key, value, bias, inside), (query, key, value, bias, inside)
 
 
 def _attend_backward(residuals, d_out):
-    if len(residuals) > 4:
-        return _backward(residuals, d_out)
+    if len(residuals) > 5:
+        return *_backward(residuals, d_out), None
     # Maps in pieces are not kept: to compute them again costs less than the memory.
     pieces = _pieces(*residuals[:2])
     gradients = _map_pieces(lambda d, *piece: _backward(_forward(*piece)[1], d), pieces, d_out, *residuals)
-    return tuple(jax.tree.map(_join, gradients, residuals))
+    return *jax.tree.map(_join, gradients, residuals[:4]), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -118,26 +110,32 @@ def _join(pieces, whole):
     return pieces.sum(0) if whole.shape[1] == 1 else jnp.moveaxis(pieces, 0, 1).reshape(whole.shape)
 
 
-def _forward(query, key, value, bias):
+def _forward(query, key, value, bias, inside):
     logits = _transpose(query) @ key
     if bias is not None:
-        logits += bias
+        logits += _where_inside(bias, inside)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     scale = 1 / weights.sum(-1, keepdims=True)
     out = _transpose((weights @ _transpose(value)) * scale)
-    return out, (query, key, value, bias, weights, _transpose(scale), out)
+    return out, (query, key, value, bias, inside, weights, _transpose(scale), out)
+
+
+def _where_inside(x, inside):
+    """What of `x` `[H, 1 or B, Q, L]` belongs to queries and keys that are in the same window; all without `inside`."""
+    if inside is None:
+        return x
+    return jnp.where((inside[..., None] & inside[:, :, None]) != 0, x, 0.0)
 
 
 def _backward(residuals, d_out):
-    query, key, value, bias, weights, scale, out = residuals
+    query, key, value, bias, inside, weights, scale, out = residuals
     d_sum = d_out * scale
     d_value = d_sum @ weights
     shift = (d_sum * out).sum(2)[..., None]
     d_logits = weights * (_transpose(d_sum) @ value - shift)
     d_query = _transpose(d_logits @ _transpose(key))
     d_key = query @ d_logits
-    shared = bias is not None and bias.shape[1] < d_logits.shape[1]
-    d_bias = None if bias is None else d_logits.sum(1, keepdims=True) if shared else d_logits
+    d_bias = None if bias is None else _where_inside(d_logits, inside).sum(1, keepdims=True)
     return d_query, d_key, d_value, d_bias
 
 

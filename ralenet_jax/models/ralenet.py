@@ -20,6 +20,7 @@ LEVELS = 5
 STEM_WIDTH = 8
 HEAD_DIM = 4
 R_WAVE_WINDOWS = (32, 16, 8, 4)  # samples at level 0, 1, 2, 3; none at the bottleneck
+_MOST_PEAKS = 31  # in a window: each is a bit
 
 
 def sinusoid(length, channels):
@@ -78,19 +79,22 @@ class RWaveBias(nn.Module):
     num_heads: int
 
     @nn.compact
-    def __call__(self):
-        """Returns `[H, W, W]`: the bias between query i and key j of the window depends on i − j alone."""
+    def __call__(self, length):
+        """Returns `[H, length, length]`: the bias between query i and key j depends on i − j alone.
+
+        Farther apart than the window is wide it means nothing.
+        """
         table = self.param("table", nn.initializers.zeros, (2 * self.window - 1, self.num_heads))
-        position = np.arange(self.window)
-        return table.T[:, position[:, None] - position[None] + self.window - 1]
+        position, farthest = np.arange(length), self.window - 1
+        return table.T[:, np.clip(position[:, None] - position[None], -farthest, farthest) + farthest]
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with 4 channels a head."""
 
     @nn.compact
-    def __call__(self, x, bias, start):
-        """`[C, B, L]` → the same shape; bias `[H, W, W]` or None from sample `start` on, an int or int32 `[B]`."""
+    def __call__(self, x, bias, start, inside):
+        """`[C, B, L]` → the same shape; bias, start and inside as for `attend`."""
         channels, batch, length = x.shape
 
         def heads(features):
@@ -99,7 +103,7 @@ class Attention(nn.Module):
         query = heads(Dense(channels, name="query")(x) * HEAD_DIM**-0.5)
         key, value = jnp.split(Dense(2 * channels, name="key_value")(x), 2)
         # Initial values do not depend on it, and to trace it takes a third of the time to draw them.
-        y = query if self.is_initializing() else attend(query, heads(key), heads(value), bias, start)
+        y = query if self.is_initializing() else attend(query, heads(key), heads(value), bias, start, inside)
         return Dense(channels, name="out")(y.transpose(0, 2, 1, 3).reshape(x.shape))
 
 
@@ -154,11 +158,11 @@ class Block(nn.Module):
     efficient_channel_attention: bool
 
     @nn.compact
-    def __call__(self, x, bias=None, start=None):
-        """`[C, B, L]` → the same shape; bias `[H, W, W]` or None from sample `start` on, an int or int32 `[B]`."""
+    def __call__(self, x, bias=None, start=None, inside=None):
+        """`[C, B, L]` → the same shape; bias, start and inside as for `attend`."""
         channels, _, length = x.shape
         placed = x * np.float32(channels**0.5) + sinusoid(length, channels)[:, None]
-        x += Attention(name="attention")(LayerNorm(name="attention_norm")(placed), bias, start)
+        x += Attention(name="attention")(LayerNorm(name="attention_norm")(placed), bias, start, inside)
         feed_forward = FeedForward(self.local_enhancement, self.efficient_channel_attention, name="feed_forward")
         return x + feed_forward(LayerNorm(name="feed_forward_norm")(x))
 
@@ -211,28 +215,30 @@ class RALENet(nn.Module):
     r_wave_attention: bool = True
 
     @nn.compact
-    def __call__(self, x, r_peak=None, train=False):
+    def __call__(self, x, r_peak=None, train=False, r_mask=None):
         """Denoises windows.
 
         Args:
             x: `[B, L, leads]`, L divisible by 16.
-            r_peak: int32 `[B]`, the sample of each window's R peak; None for the centre.
+            r_peak: int32 `[B]` or `[B, K]`, the samples of each window's R peaks, inside it or not; None for one in the
+                centre. Peaks so near to each other that their windows overlap count once there.
             train: whether BatchNorm uses the statistics of the batch and updates the running ones.
+            r_mask: bool, of the shape of `r_peak`: which of the peaks are there; None for all.
 
         Returns:
             `[B, L, leads]`.
 
         Raises:
-            UserError: for an x or r_peak of another shape.
+            UserError: for an x, r_peak or r_mask of another shape.
         """
-        self._check(x, r_peak)
+        self._check(x, r_peak, r_mask)
         bottom = LEVELS - 1
-        windows = [self._r_wave_window(level, x.shape[1], r_peak) for level in range(bottom)]
+        windows = [self._r_wave_windows(level, x.shape[1], r_peak, r_mask) for level in range(bottom)]
 
-        # While initial values are drawn every block needs a trace of its own; and only a static start can be shared.
-        block_class = Block if self.is_initializing() or r_peak is not None else _TracedOnce
+        # While initial values are drawn every block needs a trace of its own.
+        block_class = Block if self.is_initializing() else _TracedOnce
 
-        def two_blocks(name, y, window=(None, None)):
+        def two_blocks(name, y, window=(None, None, None)):
             for i in range(2):
                 block = block_class(self.local_enhancement, self.efficient_channel_attention, name=f"{name}_{i}")
                 y = block(y, *window)
@@ -252,21 +258,35 @@ class RALENet(nn.Module):
         y = PatchSeparation(name="separate0")(y)
         return Conv(x.shape[2], 3, padding=1, name="head")(y + stem).transpose(1, 2, 0)
 
-    def _r_wave_window(self, level, length, r_peak):
-        """The bias of a level `[H, W, W]` and the first sample of its window."""
+    def _r_wave_windows(self, level, length, r_peak, r_mask):
+        """The bias of a level, and where it counts: what `attend` takes after the value."""
         if not self.r_wave_attention:
-            return None, None
-        window = R_WAVE_WINDOWS[level]
-        num_heads = STEM_WIDTH * 2**level // HEAD_DIM
-        r_peak = length // 2 if r_peak is None else jnp.asarray(r_peak, jnp.int32)
-        return RWaveBias(window, num_heads, name=f"r_wave{level}")(), r_peak // 2**level - window // 2
+            return None, None, None
+        window, length = R_WAVE_WINDOWS[level], length // 2**level
+        table = RWaveBias(window, STEM_WIDTH * 2**level // HEAD_DIM, name=f"r_wave{level}")
+        if r_peak is None:
+            return table(window), length // 2 - window // 2, None
+        start = jnp.asarray(r_peak, jnp.int32).reshape(len(r_peak), -1, 1) // 2**level - window // 2
+        place = np.arange(length)[None, None] - start  # [B, K, L]
+        inside = (place >= 0) & (place < window)
+        if r_mask is not None:
+            inside &= jnp.reshape(r_mask, start.shape)
+        bits = inside.astype(jnp.int32) << np.arange(start.shape[1], dtype=np.int32)[None, :, None]
+        return table(length), None, bits.sum(1)
 
-    def _check(self, x, r_peak):
+    def _check(self, x, r_peak, r_mask):
         check_windows(x, 2 ** (LEVELS - 1))
-        if r_peak is not None and (
-            jnp.shape(r_peak) != x.shape[:1] or not jnp.issubdtype(jnp.result_type(r_peak), jnp.integer)
-        ):
+        if r_peak is None:
+            if r_mask is not None:
+                raise UserError("r_mask is given without r_peak; give both, or none for one R peak in the centre")
+            return
+        shape, dtype = jnp.shape(r_peak), jnp.result_type(r_peak)
+        if shape[:1] != x.shape[:1] or len(shape) > 2 or shape[1:] > (_MOST_PEAKS,) or dtype.kind not in "iu":
             raise UserError(
-                f"r_peak is {jnp.result_type(r_peak)} {list(jnp.shape(r_peak))}; "
-                f"expected int32 [{x.shape[0]}], the sample of every window's R peak"
+                f"r_peak is {dtype} {list(shape)}; expected int32 [{x.shape[0]}] or [{x.shape[0]}, up to "
+                f"{_MOST_PEAKS}], the samples of every window's R peaks"
+            )
+        if r_mask is not None and (jnp.shape(r_mask) != shape or jnp.result_type(r_mask) != bool):
+            raise UserError(
+                f"r_mask is {jnp.result_type(r_mask)} {list(jnp.shape(r_mask))}; expected bool {list(shape)}"
             )

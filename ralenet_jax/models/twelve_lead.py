@@ -25,12 +25,12 @@ class TwelveLead(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, r_peak=None, train=False):
+    def __call__(self, x, r_peak=None, train=False, r_mask=None):
         """Denoises windows.
 
         Args:
             x: `[B, L, 12]`, L divisible by 16.
-            r_peak: int32 `[B]`, the sample of each window's R peak; None for the centre.
+            r_peak, r_mask: as for RA-LENet.
             train: whether BatchNorm uses the statistics of the batch and updates the running ones.
 
         Returns:
@@ -51,6 +51,6 @@ class TwelveLead(nn.Module):
 
         y = nn.leaky_relu(conv(INNER_LEADS, "reduce0")(x.transpose(2, 0, 1)), 0.01)
         y = nn.leaky_relu(conv(self.BASE_LEADS, "reduce1")(y), 0.01)
-        y = RALENet(self.axis_name, name=self.FROZEN)(y.transpose(1, 2, 0), r_peak, train)
+        y = RALENet(self.axis_name, name=self.FROZEN)(y.transpose(1, 2, 0), r_peak, train, r_mask)
         y = nn.leaky_relu(conv(INNER_LEADS, "expand0")(y.transpose(2, 0, 1)), 0.01)
         return conv(LEADS, "expand1")(y).transpose(1, 2, 0)

@@ -22,12 +22,12 @@ class UNet(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, r_peak=None, train=False):
+    def __call__(self, x, r_peak=None, train=False, r_mask=None):
         """Denoises windows.
 
         Args:
             x: `[B, L, leads]`, L divisible by 16.
-            r_peak: ignored; this model has no use for the place of the R peak.
+            r_peak, r_mask: ignored; this model has no use for the place of the R peaks.
             train: whether BatchNorm uses the statistics of the batch and updates the running ones.
 
         Returns:

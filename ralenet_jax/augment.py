@@ -1,0 +1,110 @@
+"""Windows from anywhere in a recording, as a denoiser meets them: every kind of noise, any lead, R peaks as detected.
+
+Clean windows keep their level relative to their recording's, since a wandering baseline is told from it; noise is
+scaled to the recording as a whole, so that its bursts stay bursts.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ralenet_jax import noise
+
+_RATE = 360.0  # Hz
+_TINY = 1e-12
+_GAIN = 2.0  # a lead's gain is between its inverse and this
+_SINGLE = 0.25  # of the windows show one lead twice
+_HUM, _WHITE = 0.2, 0.3  # of the windows have mains hum and white noise on top
+_ADDED_DB = (0.0, 30.0)  # recording to hum, recording to white noise
+_MISSED, _MOVED = 0.1, 0.1  # of the R peaks are not told, or told in a wrong place
+_JITTER = 6  # samples: the others are told so far off, at most
+_FAR = 100  # samples: how far off a wrong place may be
+
+
+def unit_noise(recordings: jax.Array, chosen: noise.Condition) -> tuple[jax.Array, noise.Condition]:
+    """Centres each noise recording `[3, N, C]` and makes its power 1 over the condition's span.
+
+    The weights of the condition are changed so that each kind is the sum that it was, with a power of 1 too.
+    """
+    used = recordings[:, chosen.span[0] : chosen.span[1]]
+    recordings = recordings - used.mean(1, keepdims=True)
+    rms = jnp.sqrt(jnp.mean(jnp.square(recordings[:, chosen.span[0] : chosen.span[1]]), (1, 2)))
+    weights = chosen.weights * rms[None]
+    weights /= jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(weights), 1, keepdims=True), _TINY))
+    return recordings / rms[:, None, None], chosen._replace(weights=weights)
+
+
+def mix(
+    recordings: jax.Array, chosen: noise.Condition, batch: dict[str, jax.Array], keys: jax.Array
+) -> tuple[noise.Mixture, dict[str, Any]]:
+    """Makes noisy windows, and tells the model's R peaks.
+
+    Args:
+        recordings, chosen: from `unit_noise`; a kind "none" leaves windows without noise.
+        batch: "clean" float32 `[B, L, C]` in mV, centred over its recording; "level" `[B]`, the recording's rms in mV;
+            "r_peak" int32 `[B, K]` and "r_mask" bool `[B, K]`.
+        keys: `[B]`, one for each window.
+
+    Returns:
+        The mixture, divided by the noisy window's rms, nothing subtracted; and what `model.apply` takes besides.
+    """
+    draw = jax.vmap(_one_window, (None, None, 0, 0, 0, 0, 0))
+    noisy, clean, r_peak, r_mask = draw(
+        recordings, chosen, batch["clean"], batch["level"], batch["r_peak"], batch["r_mask"], keys
+    )
+    scale = window_scale(noisy)
+    mixture = noise.Mixture(noisy / scale, clean / scale, jnp.zeros_like(scale), scale)
+    return mixture, {"r_peak": r_peak, "r_mask": r_mask}
+
+
+def window_scale(noisy: jax.Array) -> jax.Array:
+    """What windows `[B, L, C]` are divided by for the model: their rms over samples and leads, `[B, 1, 1]`.
+
+    Not their deviation: a quiet window far from its recording's centre would come out far too large.
+    """
+    return jnp.sqrt(jnp.maximum(jnp.mean(jnp.square(noisy), (1, 2), keepdims=True), _TINY))
+
+
+def _one_window(recordings, chosen, clean, level, r_peak, r_mask, key):
+    lead_key, noise_key, added_key, peak_key = jax.random.split(key, 4)
+    clean, single = _leads(clean, lead_key)
+    drawn, ratio_db = noise.draw(recordings, chosen, noise_key, clean.shape)
+    noisy = clean + level * (drawn * 10 ** (-ratio_db / 20) + _added(clean.shape, added_key))
+    noisy = jnp.where(single, noisy[:, :1], noisy)
+    return noisy, clean, *_detected(r_peak, r_mask, peak_key)
+
+
+def _leads(clean, key):
+    """Leads in any order, gain and polarity, or the first one twice; and whether it is."""
+    order_key, gain_key, sign_key, single_key = jax.random.split(key, 4)
+    clean = jnp.where(jax.random.bernoulli(order_key), clean[:, ::-1], clean)
+    gain = _GAIN ** jax.random.uniform(gain_key, (1, clean.shape[1]), minval=-1.0)
+    clean = clean * gain * jnp.where(jax.random.bernoulli(sign_key, shape=gain.shape), 1.0, -1.0)
+    single = jax.random.bernoulli(single_key, _SINGLE)
+    return jnp.where(single, clean[:, :1], clean), single
+
+
+def _added(shape, key):
+    """Hum of the mains, with a harmonic, and white noise `[L, C]`, relative to the recording; often neither."""
+    hum_key, white_key, strength_key, there_key, phase_key = jax.random.split(key, 5)
+    strength = 10 ** (-jax.random.uniform(strength_key, (2,), minval=_ADDED_DB[0], maxval=_ADDED_DB[1]) / 20)
+    strength *= jax.random.bernoulli(there_key, jnp.array([_HUM, _WHITE])).astype(jnp.float32)
+    hertz = jnp.where(jax.random.bernoulli(hum_key), 50.0, 60.0)
+    phase = jax.random.uniform(phase_key, (2, 1, shape[1]), maxval=2 * jnp.pi)
+    time = jnp.arange(shape[0])[:, None] / _RATE
+    hum = sum(
+        weight * jnp.sin(2 * jnp.pi * multiple * hertz * time + phase[i])
+        for i, (multiple, weight) in enumerate(((1, 2**0.5), (2, 0.3)))
+    )
+    return strength[0] * hum + strength[1] * jax.random.normal(white_key, shape)
+
+
+def _detected(r_peak, r_mask, key):
+    """R peaks `[K]` as a detector tells them: a little off, some missed, some in a wrong place."""
+    missed_key, moved_key, near_key, far_key = jax.random.split(key, 4)
+    near = jax.random.randint(near_key, r_peak.shape, -_JITTER, _JITTER + 1)
+    far = jax.random.randint(far_key, r_peak.shape, -_FAR, _FAR + 1)
+    moved = jax.random.bernoulli(moved_key, _MOVED, r_peak.shape)
+    missed = jax.random.bernoulli(missed_key, _MISSED, r_peak.shape)
+    return r_peak + jnp.where(moved, far, near), r_mask & ~missed
