@@ -1,4 +1,4 @@
-"""One model for any recording: all kinds of noise from −6 to +24 dB and none, windows from anywhere (honest protocol)."""
+"""One model for any recording, under the honest protocol: every noise from −6 to +24 dB and none, any window."""
 
 import ml_collections
 

@@ -56,7 +56,7 @@ class Windows:
         return self.signal.shape[1:]
 
     def batch(self, index: np.ndarray, shift: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """ "clean" `[n, L, C]` in mV and "id" of some windows; a beat's stays where it is, whatever the shift."""
+        """Some windows as "clean" `[n, L, C]` in mV and "id"; a beat's stays where it is, whatever the shift."""
         chosen = self[index]
         return {"clean": chosen.millivolts(), "id": chosen.id}
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 # On a CPU, memory above the allocator's limit of 32 MB comes anew from the system for every batch, its pages to be
 # cleared first, and maps that fit the cache are read from there. Smaller pieces than this lose by their own cost.
 _PIECE_BYTES = 2**23
+_SUMMED_ONE_BY_ONE = 32  # examples, at most: more would be a long program
 
 
 def attend(query, key, value, bias=None, start=None, inside=None):
@@ -135,8 +136,16 @@ def _backward(residuals, d_out):
     d_logits = weights * (_transpose(d_sum) @ value - shift)
     d_query = _transpose(d_logits @ _transpose(key))
     d_key = query @ d_logits
-    d_bias = None if bias is None else _where_inside(d_logits, inside).sum(1, keepdims=True)
-    return d_query, d_key, d_value, d_bias
+    return d_query, d_key, d_value, None if bias is None else _summed_over_batch(d_logits, inside)
+
+
+def _summed_over_batch(d_logits, inside):
+    """The gradient of a bias `[H, 1, Q, L]` from that of the logits `[H, B, Q, L]`."""
+    batch = d_logits.shape[1]
+    if inside is None or not isinstance(batch, int) or batch > _SUMMED_ONE_BY_ONE:
+        return _where_inside(d_logits, inside).sum(1, keepdims=True)
+    # One sum of many terms in a single pass; a reduction over this axis takes three times as long on CPU.
+    return sum(_where_inside(d_logits[:, i : i + 1], inside[:, i : i + 1]) for i in range(batch))
 
 
 def _transpose(x):
