@@ -4,6 +4,7 @@ The names below load on first use, so that `import ralenet_jax` and the `ralenet
 
     build_model(name, axis_name=None, **overrides)     a Flax Linen model by its name
     torch_weights                                      published PyTorch weights as Flax variables
+    Denoiser                                           cleans recordings with a trained model
 """
 
 import importlib
@@ -11,7 +12,7 @@ from typing import Any
 
 __version__ = "0.1.0"  # the only place; the package's metadata reads it from here
 
-__all__ = ["__version__", "build_model", "torch_weights"]
+__all__ = ["Denoiser", "__version__", "build_model", "torch_weights"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("ralenet_jax.models").build_model
     if name == "torch_weights":
         return importlib.import_module("ralenet_jax.torch_weights")
+    if name == "Denoiser":
+        return importlib.import_module("ralenet_jax.denoise").Denoiser
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

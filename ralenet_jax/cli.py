@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "prepare": ("data_prep.prepare", (), "fetch and check the databases, write them as shards"),
     "train": ("ralenet_jax.main", ("--mode=train",), "train a model, or resume in the same workdir"),
     "evaluate": ("ralenet_jax.main", ("--mode=evaluate",), "all metrics of a trained model"),
+    "denoise": ("ralenet_jax.denoise_command", (), "clean recordings: WFDB, EDF, CSV, NPY, WAV"),
     "export": ("ralenet_jax.export", (), "a trained model as a file for JAX, NumPy, PyTorch, XLA or ONNX"),
     "reproduce": ("ralenet_jax.reproduce", (), "the published table: train, evaluate, compare"),
     "benchmark": ("ralenet_jax.benchmark", (), "windows per second, trained and denoised"),

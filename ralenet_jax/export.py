@@ -98,7 +98,8 @@ def load(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
     configuration names.
 
     Returns:
-        The locked configuration (`data.dir` at its default) and {"params": ..., "batch_stats": ...} of NumPy arrays.
+        The locked configuration (`data.dir` at its default) and {"params": ..., "batch_stats": ...} of NumPy arrays,
+        float32 also where the file holds float16.
 
     Raises:
         UserError: if the file is missing, damaged or not of this version; it names the first weight that is wrong.
@@ -119,6 +120,9 @@ def load(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
         raise UserError(f"{path} is damaged or no {path.suffix[1:]} file ({reason}); export it anew") from error
     config = checkpoint.typed_config(settings, path)
     expected = _expected(config, window, path)
+    # Half the size for the weights that come along; they are used as float32 all the same.
+    half = {name: np.asarray(array, np.float32) for name, array in arrays.items() if _is_half(array)}
+    arrays |= half
     for name in sorted(expected.keys() | arrays.keys()):
         _check(name, arrays.get(name), expected.get(name), config.model.name, path)
     return config, {"params": {}, "batch_stats": {}} | flax.traverse_util.unflatten_dict(arrays, sep="/")
@@ -147,6 +151,10 @@ def _check(name: str, array: Any, expected: jax.ShapeDtypeStruct | None, model: 
             return
         told = f"is {found}, expected {wanted}" if found != wanted else "is not finite"
     raise UserError(f"{path} does not hold model {model!r}: {name!r} {told}; export it anew")
+
+
+def _is_half(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.dtype == np.float16
 
 
 def _flat(variables: dict[str, Any]) -> dict[str, Any]:

@@ -139,6 +139,6 @@ def test_package_names_load_on_first_use():
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert set(dir(ralenet_jax)) == {"__version__", "build_model", "torch_weights"}
+    assert set(dir(ralenet_jax)) == {"Denoiser", "__version__", "build_model", "torch_weights"}
     with pytest.raises(AttributeError, match="no attribute 'buildmodel'"):
         _ = ralenet_jax.buildmodel

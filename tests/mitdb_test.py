@@ -11,8 +11,8 @@ DATABASE = DATABASES["mitdb"]
 DIGEST = "c4f885a09ce2f365c0eb8f1b58b3ee7ae2f89af3aef658fe9881ab0fb1be064d"
 
 
-def build(source, data_dir):
-    directory, _ = shards.build(mitdb.Mitdb, verify(DATABASE, source), data_dir)
+def build(source, data_dir, builder_class=mitdb.Mitdb):
+    directory, _ = shards.build(builder_class, verify(DATABASE, source), data_dir)
     return tfds.builder_from_directory(directory)
 
 
@@ -48,6 +48,19 @@ def test_examples_give_wfdb_s_millivolts(tmp_path):
     assert example["baseline"].dtype == np.int32
     millivolts = (example["signal"].astype(float) - example["baseline"]) / example["gain"]
     np.testing.assert_array_equal(millivolts, expected)
+
+
+def test_recordings_are_whole_with_all_their_beats(tmp_path):
+    signals = write_mitdb(tmp_path, records=("101", "100", "106"))
+    builder = build(tmp_path, tmp_path / "data", mitdb.MitdbRecordings)
+    assert builder.name == "mitdb_recordings"
+    examples = {example["record"].decode(): example for example in builder.as_data_source("ds1")}
+    assert list(examples) == ["101", "106"]
+    for name, example in examples.items():
+        np.testing.assert_array_equal(example["signal"], signals[name], strict=True)
+        # Whether they have room for a window or not: N, L, V, A and / are beats, + and ~ are none.
+        assert example["beats"].tolist() == [127, 128, 500, 1872, 1873]
+    assert build(tmp_path, tmp_path / "data").name == "mitdb"  # beside it
 
 
 def test_a_few_records_are_enough(tmp_path):

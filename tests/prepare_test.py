@@ -16,7 +16,7 @@ from data_prep import shards
 from data_prep.prepare import main, prepare
 
 CHECKOUT = Path(__file__).parents[1]
-FOLDERS = ("mitdb/1.0.0", "nstdb/1.0.0", "ludb/1.0.1")
+FOLDERS = ("mitdb/1.0.0", "mitdb_recordings/1.0.0", "nstdb/1.0.0", "ludb/1.0.1")
 COMMAND = [sys.executable, "-c", "import sys; from data_prep.prepare import main; sys.exit(main(sys.argv[1:]))"]
 
 
@@ -50,9 +50,12 @@ def test_a_local_copy_becomes_shards(tmp_path, source, capsys):
     assert lines[1].startswith(
         f"mitdb 1.0.0: ds1 3, ds2 3, paced 3 examples in {tmp_path}/data/mitdb/1.0.0 (written in"
     )
-    assert lines[3].startswith("nstdb 1.0.0: bw 1, em 1, ma 1 examples in")
-    assert lines[5].startswith("ludb 1.0.1: test 6, train 6 examples in")
-    for line, folder in zip(lines[1::2], FOLDERS, strict=True):
+    assert lines[2].startswith(
+        f"mitdb 1.0.0: ds1 1, ds2 1, paced 1 examples in {tmp_path}/data/mitdb_recordings/1.0.0 (written in"
+    )
+    assert lines[4].startswith("nstdb 1.0.0: bw 1, em 1, ma 1 examples in")
+    assert lines[6].startswith("ludb 1.0.1: test 6, train 6 examples in")
+    for line, folder in zip([lines[1], lines[2], lines[4], lines[6]], FOLDERS, strict=True):
         assert line.endswith(f"digest {shards.digest(tmp_path / 'data' / folder)})")
     assert tree(source) == before
     assert not (tmp_path / "data/physionet").exists()
@@ -63,7 +66,7 @@ def test_a_second_call_builds_nothing(tmp_path, source, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*array_record*")}
     capsys.readouterr()
     assert run("--data-dir", tmp_path / "data", "--source", source) == 0
-    assert capsys.readouterr().out.count("there from the same source, kept") == 3
+    assert capsys.readouterr().out.count("there from the same source, kept") == 4
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*array_record*")}
 
 
@@ -74,7 +77,7 @@ def test_a_download_becomes_the_same_shards(tmp_path, source, capsys):
     assert not (tmp_path / "data/ludb").exists()
     capsys.readouterr()
     assert run("--data-dir", tmp_path / "data", "--source", source) == 0
-    assert capsys.readouterr().out.count("there from the same source, kept") == 2  # ludb alone is new
+    assert capsys.readouterr().out.count("there from the same source, kept") == 3  # ludb alone is new
 
 
 def test_a_failed_download_goes_on_in_the_next_call(tmp_path, source, capsys):
@@ -160,7 +163,8 @@ def test_ctrl_c(tmp_path, source):
 
 def test_simulated_databases_go_the_same_way(data_dir):
     splits = {name: set(tfds.builder_from_directory(data_dir / name).info.splits) for name in FOLDERS}
-    assert list(splits.values()) == [{"ds1", "ds2", "paced"}, {"bw", "em", "ma"}, {"train", "test"}]
+    mitdb = {"ds1", "ds2", "paced"}
+    assert list(splits.values()) == [mitdb, mitdb, {"bw", "em", "ma"}, {"train", "test"}]
 
 
 @pytest.mark.slow

@@ -1,0 +1,169 @@
+"""Whole recordings under the honest protocol: the blind denoiser beside filters that people use.
+
+    python benchmarks/whole_recordings.py PHYSIONET --out results/whole
+
+cleans the test records of mitdb (DS2) with noise of the second half of nstdb, and prints and writes SNR improvement,
+R-peak F1, errors of QRS amplitude and ST level, and what a clean recording loses. It goes on where it was stopped.
+NeuroKit2 is needed (`pip install "ralenet_jax[demo]"`).
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.signal
+import wfdb
+
+from ralenet_jax import checkpoint, filters, heartbeats, metrics, noise, provenance, startup
+from ralenet_jax.denoise import Denoiser
+
+DS2 = "100 103 105 111 113 117 121 123 200 210 212 213 214 219 221 222 228 231 232 233 234".split()
+KINDS = ("bw", "ma", "em", "emb")
+SNRS_DB = (-6, 0, 6, 12, 18, 24)
+HALF = 128
+
+
+def neurokit(method):
+    """NeuroKit2's `ecg_clean`, lead by lead."""
+    import neurokit2
+
+    def clean(signal, rate):
+        return np.stack([neurokit2.ecg_clean(lead, sampling_rate=rate, method=method) for lead in signal.T], 1)
+
+    return clean
+
+
+def butterworth(signal, rate):
+    """0.5 to 40 Hz, fourth order, both ways."""
+    return scipy.signal.sosfiltfilt(scipy.signal.butter(4, (0.5, 40), "band", fs=rate, output="sos"), signal, axis=0)
+
+
+def methods(model):
+    """What is compared: name → (signal [L, leads] in mV, Hz) → the same shape."""
+    denoiser = Denoiser.from_pretrained() if model is None else Denoiser.from_file(model)
+    return {
+        "noisy": lambda signal, rate: signal,
+        "blind": denoiser,
+        "dwt": lambda signal, rate: filters.dwt(signal[None])[0],
+        "neurokit": neurokit("neurokit"),
+        "biosppy": neurokit("biosppy"),
+        "butterworth": butterworth,
+    }
+
+
+def read_noise(physionet):
+    """The second half of the noise recordings, `[3, N, 2]` in mV."""
+    folder = Path(physionet) / "nstdb/1.0.0"
+    signals = [wfdb.rdrecord(str(folder / name)).p_signal for name in noise.RECORDINGS]
+    length = min(map(len, signals))
+    return np.stack([signal[length // 2 : length] for signal in signals]).astype(np.float32)
+
+
+def measure(clean, output, beats, rate, with_f1):
+    """What a cleaned recording is worth; both centred per lead."""
+    clean, output = clean - clean.mean(0), output - output.mean(0)
+    signal, error = np.sum(np.square(clean)), max(np.sum(np.square(clean - output)), 1e-12)
+    inside = beats[(beats >= HALF) & (beats < len(clean) - HALF)]
+    cut = inside[:, None] + np.arange(-HALF, HALF)
+    heart = {
+        name: float(np.mean(np.abs(np.asarray(of(output[cut]) - of(clean[cut])))))
+        for name, of in (("qrs_amplitude_error", metrics.qrs_amplitude), ("st_level_error", metrics.st_level))
+    }
+    row = {"snr_db": float(10 * np.log10(signal / error)), "prd": float(100 * np.sqrt(error / signal)), **heart}
+    if with_f1:
+        matches = heartbeats.count_matches(beats, heartbeats.detect(output[:, 0], rate), rate)
+        row["matches"] = matches.tolist()
+    return row
+
+
+def run(options, path):
+    """Measures what is not in the file yet, a JSON line for each recording, condition and method."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(line["record"], line["condition"], line["method"]) for line in lines}
+    ways, recordings = methods(options.model), read_noise(options.physionet)
+    conditions = [("none", 0.0), *itertools.product(KINDS, options.snr)]
+    with path.open("a") as file:
+        for record, (kind, snr_db) in itertools.product(options.records, conditions):
+            condition = "clean" if kind == "none" else f"{kind}@{snr_db:g}"
+            left = [name for name in ways if (record, condition, name) not in done]
+            if not left:
+                continue
+            leads, beats, rate = heartbeats.read_recording(Path(options.physionet) / "mitdb/1.0.0", record)
+            clean, noisy = heartbeats.add_noise(leads, recordings, kind, snr_db)
+            length = min(int(options.minutes * 60 * rate), len(clean))
+            clean, noisy, beats = clean[:length], noisy[:length], beats[beats < length]
+            for name in left:
+                output = ways[name](noisy.astype(np.float64), rate)
+                row = measure(clean, output, beats, rate, options.f1)
+                lines.append({"record": record, "condition": condition, "method": name} | row)
+                print(json.dumps(lines[-1]), file=file, flush=True)
+            print(f"{record} {condition}", file=sys.stderr, flush=True)
+    return lines
+
+
+def summarise(lines):
+    """Means over recordings: {condition: {method: measures}}, F1 from all their beats together."""
+    table = {}
+    for line in lines:
+        table.setdefault(line["condition"], {}).setdefault(line["method"], []).append(line)
+    for condition in table.values():
+        noisy = {row["record"]: row["snr_db"] for row in condition["noisy"]}
+        for method, rows in condition.items():
+            names = ("snr_db", "prd", "qrs_amplitude_error", "st_level_error")
+            means = {name: statistics.mean(row[name] for row in rows) for name in names}
+            means["snr_improvement_db"] = means["snr_db"] - statistics.mean(noisy[row["record"]] for row in rows)
+            if "matches" in rows[0]:
+                means["f1"] = heartbeats.f1(np.sum([row["matches"] for row in rows], 0))
+            condition[method] = means | {"recordings": len(rows)}
+    return table
+
+
+def markdown(table):
+    """A table for each measure: a row for each method, a column for each condition."""
+    titles = {
+        "snr_improvement_db": ("SNR improvement, dB", 2),
+        "f1": ("R-peak F1 within 150 ms", 4),
+        "prd": ("PRD, percent", 2),
+        "qrs_amplitude_error": ("Error of QRS amplitude, mV", 4),
+        "st_level_error": ("Error of ST level, mV", 4),
+    }
+    parts = []
+    for measure_name, (title, digits) in titles.items():
+        if measure_name not in table["clean"]["noisy"]:
+            continue
+        parts += [f"## {title}", "", "| | " + " | ".join(table) + " |", "|---|" + "---:|" * len(table)]
+        for method in table["clean"]:
+            cells = [f"{rows[method][measure_name]:.{digits}f}" for rows in table.values()]
+            parts.append(f"| {method} | " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def main():
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("physionet", help="folder with mitdb/1.0.0 and nstdb/1.0.0")
+    parser.add_argument("--out", required=True, help="folder for rows.jsonl, table.json and table.md")
+    parser.add_argument("--model", help="exported weights (default: the ones that come along)")
+    parser.add_argument("--records", nargs="+", default=DS2)
+    parser.add_argument("--snr", nargs="+", type=float, default=SNRS_DB, help="dB")
+    parser.add_argument("--minutes", type=float, default=30.1, help="of each recording, from its start")
+    parser.add_argument("--f1", action="store_true", help="detect R peaks too (XQRS, minutes)")
+    options = parser.parse_args()
+    startup.start_jax()
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = summarise(run(options, folder / "rows.jsonl"))
+    result = {"minutes": options.minutes, "conditions": table, "made_by": provenance.software(1)}
+    checkpoint.write_json(folder / "table.json", result)
+    text = f"# Whole recordings, {options.minutes:g} minutes of each of {len(options.records)}\n\n{markdown(table)}"
+    checkpoint.write_text(folder / "table.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""EDF+ files by hand: what is kept byte by byte, and what is refused."""
+
+import re
+import struct
+
+import numpy as np
+import pytest
+from made_recordings import WAVE, refusal
+
+from ralenet_jax import readers
+from ralenet_jax.errors import UserError
+
+LABELS = ("ECG I", "SpO2", "Resp", "EDF Annotations")
+COUNTS = (100, 1, 100, 30)  # samples in a data record of half a second
+
+
+def edf_bytes(reserved="EDF+C", onsets=(0, 0.5, 1), records=3):
+    """An EDF+ file by hand: an ECG of 200 Hz and two other signals, with annotations."""
+    fields = [
+        *(("0", 8), ("P007 F 01-JAN-1970 Jane_Doe", 80), ("Startdate 02-FEB-2021 X X X", 80), ("02.02.21", 8)),
+        *(("10.11.12", 8), (str(256 * 5), 8), (reserved, 44), (str(records), 8), ("0.5", 8), ("4", 4)),
+    ]
+    columns = [
+        *((LABELS, 16), (("AgAgCl", "", "", ""), 80), (("uV", "%", "", ""), 8), (("-3000", "0", "-1", "-1"), 8)),
+        *((("3000", "100", "1", "1"), 8), (("-2048", "0", "-32768", "-32768"), 8)),
+        *(
+            (("2047", "255", "32767", "32767"), 8),
+            (("HP:0.1Hz", "", "", ""), 80),
+            (map(str, COUNTS), 8),
+            ([""] * 4, 32),
+        ),
+    ]
+    fields += [(value, width) for values, width in columns for value in values]
+    header = "".join(value.ljust(width) for value, width in fields).encode()
+    body = b""
+    for index, onset in enumerate(onsets):
+        note = f"+{onset:g}\x14\x14\x00" + (f"+{onset + 0.1:g}\x15" + "0.2\x14beat\x14\x00" if index == 1 else "")
+        body += (WAVE + 1)[100 * index : 100 * index + 100].astype("<i2").tobytes() + struct.pack("<h", 200 + index)
+        body += (WAVE * 3)[100 * index : 100 * index + 100].astype("<i2").tobytes() + note.encode().ljust(60, b"\0")
+    return header + body
+
+
+def test_edf_changes_nothing_but_the_samples_of_the_lead(tmp_path):
+    (tmp_path / "a.edf").write_bytes(edf_bytes())
+    recording = readers.read(tmp_path / "a.edf")
+    assert (recording.names, recording.units, recording.leads) == (("ECG I", "Resp"), ("uV", ""), (0,))
+    assert recording.sampling_rate == 200
+    gain = 6000 / 4095
+    np.testing.assert_allclose(recording.signal[:, 0], (WAVE[:300] + 1 + 2048) * gain - 3000)
+    readers.write(recording, recording.signal, tmp_path / "same.edf")
+    assert (tmp_path / "same.edf").read_bytes() == edf_bytes()
+    signal = recording.signal.copy()
+    signal[:, 0] += 5 * gain
+    signal[:2, 0] = 9000, np.nan  # beyond the range of the header; a gap
+    assert readers.write(recording, signal, tmp_path / "new.edf") == [tmp_path / "new.edf"]
+    expected = bytearray(edf_bytes())
+    for record in range(3):
+        values = WAVE[100 * record : 100 * record + 100] + 6
+        if record == 0:
+            values[:2] = 2047, WAVE[1] + 1
+        start = 256 * 5 + record * 2 * sum(COUNTS)
+        expected[start : start + 200] = values.astype("<i2").tobytes()
+    assert (tmp_path / "new.edf").read_bytes() == bytes(expected)
+
+
+def test_edf_with_interruptions_is_refused_and_without_is_not(tmp_path):
+    (tmp_path / "a.edf").write_bytes(edf_bytes("EDF+D"))
+    assert readers.read(tmp_path / "a.edf").signal.shape == (300, 2)
+    (tmp_path / "b.edf").write_bytes(edf_bytes("EDF+D", (0, 0.5, 7)))
+    with pytest.raises(UserError, match="EDF\\+D file with interruptions"):
+        readers.read(tmp_path / "b.edf")
+
+
+BAD = {  # files, the first of which is read; what is told
+    "empty": ({"a.edf": b""}, "is empty"),
+    "no EDF": ({"a.edf": b"\x07 of nothing " * 99}, "cannot read"),
+    "truncated edf": ({"a.edf": edf_bytes()[:-10]}, "cannot read"),
+    "whole records lost": ({"a.edf": edf_bytes(records=4)}, "cannot read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_one_line_for_the_user(tmp_path, name):
+    files, told = BAD[name]
+    assert re.search(told, refusal(tmp_path, files, 250))
