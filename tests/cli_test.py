@@ -58,7 +58,7 @@ def test_help_and_version_load_nothing_heavy(flag):
 
 
 def test_help_names_every_command():
-    assert set(cli.COMMANDS) == {"demo", "prepare", "train", "evaluate", "export", "reproduce", "benchmark"}
+    assert set(cli.COMMANDS) == {"demo", "denoise", "prepare", "train", "evaluate", "export", "reproduce", "benchmark"}
     out = run("--help").stdout
     assert all(f"\n  {name} " in out for name in cli.COMMANDS)
 

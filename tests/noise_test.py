@@ -188,7 +188,7 @@ def test_noise_of_two_leads_is_the_one_it_always_was():
     first |= {"em": [632837, 207582, 586916, 601055]}
     for kind, starts in first.items():
         chosen = noise.condition(kind, -6.0, 24.0, (0, 650_000))
-        drawn = [noise._draw(place, chosen, key, (256, 2)) for key in keys(4)]
+        drawn = [noise.draw(place, chosen, key, (256, 2)) for key in keys(4)]
         assert [float(window[0, lead]) for window, _ in drawn for lead in (0, 1)] == np.repeat(starts, 2).tolist()
         ratios = [float(ratio) for _, ratio in drawn]
         np.testing.assert_allclose(ratios, [0.8545, 16.5491, 16.2804, 21.8292], atol=1e-4)

@@ -49,13 +49,13 @@ def test_each_example_has_its_own_r_peak():
 
 
 def windows_of_levels(monkeypatch, length, *peaks):
-    """What `attend` gets of every level, one block of each: (first sample, the bits of the samples)."""
+    """What `attend` gets in every block: the first samples of the windows, and the bits of the samples."""
     model, (_, variables) = build_model("ralenet"), model_and_variables()
-    jax.clear_caches()  # of blocks that another test traced
+    # Blocks that are traced once would keep what stands for `attend` here for other tests.
+    monkeypatch.setattr(ralenet, "_TracedOnce", ralenet.Block)
 
     def run(*peaks):
         seen = []
-        # One block a level is traced for all.
         monkeypatch.setattr(ralenet, "attend", lambda query, _k, _v, _bias, *where: seen.append(where) or query)
         model.apply(variables, windows(2, length), *peaks[:1], r_mask=peaks[1] if peaks[1:] else None)
         starts.extend(start for start, _ in seen)
@@ -67,16 +67,16 @@ def windows_of_levels(monkeypatch, length, *peaks):
 
 def test_window_of_a_level_stands_around_the_r_peak(monkeypatch):
     starts, inside = windows_of_levels(monkeypatch, 256)
-    # (256 − 32)/2, (128 − 16)/2, (64 − 8)/2, (32 − 4)/2; none at the bottleneck.
-    assert starts == [112, 56, 28, 14, None] and inside == []
+    # Two blocks a level, down and up: (256 − 32)/2, (128 − 16)/2, (64 − 8)/2, (32 − 4)/2; none at the bottleneck.
+    assert starts == [112, 112, 56, 56, 28, 28, 14, 14] + [None] * 4 + [14, 14, 28, 28, 56, 56] and inside == []
 
 
 def test_each_r_peak_has_a_window_and_masked_ones_have_none(monkeypatch):
     peaks = jnp.array([[40, 200, 0], [260, 128, 128]])
     mask = jnp.array([[True, True, False], [True, True, True]])
     starts, inside = windows_of_levels(monkeypatch, 256, peaks, mask)
-    assert starts == [None] * 5 and [bits.shape for bits in inside] == [(2, 256), (2, 128), (2, 64), (2, 32)]
-    for level, (bits, width) in enumerate(zip(inside, (32, 16, 8, 4), strict=True)):
+    assert starts == [None] * 18 and [bits.shape[1] for bits in inside[8:]] == [32, 32, 64, 64, 128, 128]
+    for level, (bits, width) in enumerate(zip(inside[:8:2], (32, 16, 8, 4), strict=True)):
         first, second = 40 // 2**level - width // 2, 200 // 2**level - width // 2
         expected = np.zeros((2, 256 // 2**level), int)
         expected[0, first : first + width], expected[0, second : second + width] = 1, 2
@@ -159,7 +159,7 @@ def test_initialisation_is_pytorchs():
             bound = fan_in**-0.5
             assert 0.9 * bound < jnp.abs(weights).max() <= bound
             assert jnp.std(weights) == pytest.approx(bound / math.sqrt(3), rel=0.15)
-    r_wave = jax.jit(ralenet.RWaveBias(4, 2).init)(jax.random.key(0))
+    r_wave = jax.jit(ralenet.RWaveBias(4, 2).init, static_argnums=1)(jax.random.key(0), 8)
     assert not r_wave["params"]["table"].any()
 
 
@@ -176,9 +176,12 @@ def test_gelu_is_the_erf_form():
 
 def test_r_wave_bias_by_hand():
     table = jnp.array([[10.0], [20.0], [30.0]])
-    bias = ralenet.RWaveBias(2, 1).apply({"params": {"table": table}})
+    bias = ralenet.RWaveBias(2, 1).apply({"params": {"table": table}}, 2)
     # Row i − j + W − 1: the diagonal has row 1, query 1 with key 0 row 2.
     np.testing.assert_array_equal(bias, [[[20, 10], [30, 20]]])
+    longer = ralenet.RWaveBias(2, 1).apply({"params": {"table": table}}, 4)[0]
+    for i, j in ((0, 0), (0, 1), (1, 0), (2, 3), (3, 2), (3, 3)):
+        assert longer[i, j] == table[i - j + 1, 0]
 
 
 def test_partial_convolution_touches_one_channel():
