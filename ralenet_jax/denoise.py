@@ -299,7 +299,7 @@ class _Recording:
         for first in range(0, total, at_once):
             start = grid.start(np.arange(first, min(first + at_once, total)))
             begin, end = start[0] - beside, start[-1] + grid.window + beside
-            begin -= begin % 36
+            begin -= begin % streaming.STRIDE
             model = self._model_samples(begin, end)
             found = streaming.detect_peaks(model) + begin if peaks is None else peaks
             windows = np.lib.stride_tricks.sliding_window_view(model, grid.window, 0)[start - begin].transpose(0, 2, 1)
@@ -311,10 +311,10 @@ class _Recording:
     def peaks(self) -> np.ndarray:
         """All R peaks, model samples."""
         grid, found = self._grid, [np.zeros(0, np.int64)]
-        size = math.ceil(_BLOCK_S * streaming.RATE / 36) * 36
+        size = math.ceil(_BLOCK_S * streaming.RATE / streaming.STRIDE) * streaming.STRIDE
         total = math.ceil(len(self._leads) * grid.up / grid.down)
         for first in range(0, total, size):
-            begin = first - math.ceil(streaming.REACH / 36) * 36
+            begin = first - math.ceil(streaming.REACH / streaming.STRIDE) * streaming.STRIDE
             peaks = streaming.detect_peaks(self._model_samples(begin, first + size + streaming.REACH)) + begin
             found.append(peaks[(peaks >= first) & (peaks < min(first + size, total))])
         return np.concatenate(found)

@@ -172,18 +172,20 @@ def read_split(config: ConfigDict, split: str) -> Windows | recordings.Recording
 
 
 def read_noise(config: ConfigDict) -> np.ndarray:
-    """The noise recordings, float32 `[3, N, C]` in mV, in the order of `noise.RECORDINGS`, cut to the shortest."""
+    """The noise recordings, float32 `[3, N, C]` in mV, in the order of `noise.RECORDINGS`, cut to the shortest.
+
+    Like the windows of `mitdb_recordings` at 180 Hz, else at 360 Hz.
+    """
     builder = open_shards(config.data.dir, "nstdb")
     if missing := [name for name in noise.RECORDINGS if name not in builder.info.splits]:
         raise UserError(f"{builder.info.full_name} below {config.data.dir} has no {missing[0]}; prepare all of nstdb")
     examples = [builder.as_data_source(name)[0] for name in noise.RECORDINGS]
     length = min(len(example["signal"]) for example in examples)
-    return np.stack(
-        [
-            (example["signal"][:length] - example["baseline"].astype(np.float32)) / example["gain"].astype(np.float32)
-            for example in examples
-        ]
-    )
+    found = [
+        (example["signal"][:length] - example["baseline"].astype(np.float32)) / example["gain"].astype(np.float32)
+        for example in examples
+    ]
+    return np.stack([recordings.resample(one) for one in found] if config.data.database == RECORDINGS else found)
 
 
 def noise_span(config: ConfigDict, split: str, length: int) -> tuple[int, int]:

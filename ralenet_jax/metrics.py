@@ -21,10 +21,10 @@ def _check(*windows: jax.Array) -> None:
         raise ValueError(f"windows must share one shape [B, L, C], got {[window.shape for window in windows]}")
 
 
-def squared_error(target: jax.Array, output: jax.Array) -> jax.Array:
-    """Mean squared error, a scalar, of `[B, L, C]` against `[B, L, C]`."""
+def squared_error(target: jax.Array, output: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
+    """Mean squared error, a scalar, of `[B, L, C]` against `[B, L, C]`; `weight` is what each error counts."""
     _check(target, output)
-    return jnp.mean(jnp.square(target - output))
+    return jnp.mean(weight * jnp.square(target - output))
 
 
 def snr_db(clean: jax.Array, output: jax.Array) -> jax.Array:

@@ -36,12 +36,16 @@ class Condition(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Windows `[B, L, C]` as the model sees them, and `offset`, `scale` (`[B, 1, 1]`) that undo the normalisation."""
+    """Windows `[B, L, C]` as the model sees them, and `offset`, `scale` (`[B, 1, 1 or C]`) that undo the normalisation.
+
+    `weight`: what squared errors count in training, `[B, 1, C]` or one for all.
+    """
 
     noisy: jax.Array
     clean: jax.Array
     offset: jax.Array
     scale: jax.Array
+    weight: jax.Array | float = 1.0
 
 
 def parse_kinds(kinds: str) -> tuple[str, ...]:

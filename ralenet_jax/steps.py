@@ -71,7 +71,7 @@ def train_step(model, optimizer, protocol: str, fresh: bool, state, batch, sourc
             mutable=["batch_stats"],
             **peaks,
         )
-        return metrics.squared_error(mixture.clean, output), (output, updates.get("batch_stats", {}))
+        return metrics.squared_error(mixture.clean, output, mixture.weight), (output, updates.get("batch_stats", {}))
 
     (loss, (output, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     scalars = {"loss": loss, "snr_db": jnp.mean(metrics.snr_db(mixture.clean, output))}

@@ -14,9 +14,10 @@ from fractions import Fraction
 import numpy as np
 from scipy import ndimage, signal
 
+from ralenet_jax import augment
 from ralenet_jax.errors import UserError
 
-RATE = 360.0  # Hz, of the model's samples
+RATE = augment.RATE  # Hz, of the model's samples
 MOST_PEAKS = 4  # told of a window, as in training
 _BESIDE = 16  # model samples outside a window from where an R peak still has a part in it
 _CROSSINGS, _LONGEST_S = 10, 0.11  # half the anti-alias filter: zero crossings, and seconds at most
@@ -30,11 +31,11 @@ _HISTORY_S = 8  # what a stream remembers to find R peaks and its level
 
 # The detector: a band where QRS complexes are and T waves are not, its energy over the width of a complex, and how much
 # of the height usual around it makes a peak.
-_BAND = signal.firwin(73, (8, 20), pass_zero=False, fs=RATE).astype(np.float32)
-_COMPLEX, _APART, _BESIDE_TOP = 43, 72, 15  # samples: width, least distance, from the energy's top to the R peak
-_STRIDE, _AROUND = 36, 61  # samples between looks at the height, looks of which the middle one is usual
+_BAND = signal.firwin(37, (8, 20), pass_zero=False, fs=RATE).astype(np.float32)
+_COMPLEX, _APART, _BESIDE_TOP = 21, 36, 8  # samples: width, least distance, from the energy's top to the R peak
+STRIDE, _AROUND = 18, 61  # samples between looks at the height, looks of which the middle one is usual
 _SHARE = 0.45
-REACH = 1440  # samples beyond those asked about that can change whether there is a peak
+REACH = 720  # samples beyond those asked about that can change whether there is a peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,13 +169,13 @@ def detect_peaks(leads: np.ndarray) -> np.ndarray:
 
     After Pan and Tompkins (DOI 10.1109/TBME.1985.325532), with all leads' energy summed, thresholds from the seconds
     before and after, and no state: what is more than `REACH` samples away makes no difference, if blocks begin at
-    multiples of 36 samples.
+    multiples of `STRIDE`.
     """
     power = np.square(ndimage.convolve1d(np.asarray(leads, np.float32), _BAND, axis=0)).sum(1)
     height = np.sqrt(np.maximum(ndimage.uniform_filter1d(power, _COMPLEX), 0))
-    usual = ndimage.median_filter(ndimage.maximum_filter1d(height, int(RATE))[::_STRIDE], _AROUND, mode="nearest")
+    usual = ndimage.median_filter(ndimage.maximum_filter1d(height, int(RATE))[::STRIDE], _AROUND, mode="nearest")
     top = np.flatnonzero(height == ndimage.maximum_filter1d(height, 2 * _APART + 1))
-    top = top[height[top] > _SHARE * usual[top // _STRIDE]]
+    top = top[height[top] > _SHARE * usual[top // STRIDE]]
     near = np.clip(top[:, None] + np.arange(-_BESIDE_TOP, _BESIDE_TOP + 1), 0, len(power) - 1)
     return np.unique(near[np.arange(len(top)), power[near].argmax(1)])
 
