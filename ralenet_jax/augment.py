@@ -89,6 +89,9 @@ def _one_window(recordings, chosen, clean, drift, level, r_peak, r_mask, key):
     lead_key, noise_key, added_key, peak_key = jax.random.split(key, 4)
     (clean, beats), single = _leads(jnp.stack([clean, clean - drift]), lead_key)
     drawn, ratio_db = noise.draw(recordings, chosen, noise_key, clean.shape)
+    # Strong noise is what a denoiser is for: half of the windows are in the lowest quarter of the range.
+    low, high = chosen.snr_db
+    ratio_db = low + jnp.square(ratio_db - low) / jnp.maximum(high - low, _TINY)
     noisy = clean + level * (drawn * 10 ** (-ratio_db / 20) + _added(clean.shape, added_key))
     noisy = jnp.where(single, noisy[:, :1], noisy)
     return noisy, beats, *_detected(r_peak, r_mask, peak_key)

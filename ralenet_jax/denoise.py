@@ -10,30 +10,31 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.signal
 
-from ralenet_jax import steps, streaming
+from ralenet_jax import augment, steps, streaming
 from ralenet_jax.errors import UserError
 
 _WEIGHTS = "weights/blind.safetensors"
-# Estimated SNR from where nothing is removed, and up to where all is: chosen on the validation records of DS1 with the
-# first half of the noise.
-_UNTOUCHED_DB, _DENOISED_DB = 16.0, 10.0
+# Heartbeats over what is removed besides, in dB: from where nothing of it is removed, and up to where all is; drift, and
+# what is faster. Chosen on the records of DS1 with the first half of the noise.
+_UNTOUCHED_DB, _DENOISED_DB = np.array([2.0, 12.0]), np.array([-4.0, 8.0])
+_REMEMBERED_S = 10.0  # what is longer ago counts less than 1/e
 _BLOCK_S = 120  # a block's windows, at most, unless a batch is more
 _LEVEL_S = 1800  # a lead has one level for so long
 _IN_FLIGHT = 2  # blocks: one on the devices while the next is prepared
 _CPU_BATCH, _BATCH = 32, 256  # windows for a device at a time
-_TINY = 1e-12
 
 
 class Denoiser:
     """Cleans ECGs: `Denoiser.from_pretrained()(signal, sampling_rate)`.
 
     Leads go through the model in pairs, the last of an odd number as a pair with itself. What the model removes is
-    subtracted from the signal, so it comes out with its own level and its own content above 180 Hz, which the model
-    does not see. Missing samples stay missing, and flat or saturated stretches (`streaming.no_signal`) as they are.
+    subtracted from the signal, so it comes out with its own level. Missing samples stay missing, and flat or saturated
+    stretches (`streaming.no_signal`) as they are.
 
-    The gate does no harm: where a lead of a window is estimated to be clean (10·log10 of the power left over the power
-    removed: 16 dB or more) nothing is removed, up to 10 dB everything, between them a part.
+    The gate does no harm: what the model would remove is cut into slow drift and the rest, and of each as much goes as
+    it is strong against the heartbeats in the last ten seconds: nothing of a clean lead, everything of a noisy one.
 
     Args:
         model: Linen; `apply(variables, x, r_peak, r_mask=...)` denoises windows float32 `[B, window, 2]` whose rms
@@ -113,11 +114,13 @@ class Denoiser:
         recording = _Recording(leads, grid)
         cleaned = np.empty(leads.shape, np.float32 if leads.dtype == np.float32 else np.float64)
         removed, start, windows = streaming.Removed(grid, leads.shape[1]), 0, 0
-        for values in self._remove(self._runner, recording.blocks(self._runner.size, peaks)):
+        blocks = recording.blocks(self._runner.size, peaks)
+        for values in self._remove(self._runner, blocks, self._build_gate(grid)):
             removed.add(values)
             windows += len(values)
             stop = min(grid.final(windows), len(leads))
-            cleaned[start:stop] = recording.without(removed.take(start, stop), start, stop)
+            taken = removed.take(start, stop, recording.highs(start, stop))
+            cleaned[start:stop] = recording.without(taken, start, stop)
             start = stop
         return cleaned.reshape(given.shape)
 
@@ -153,47 +156,72 @@ class Denoiser:
         # As small as a window of all leads: each is waited for.
         runner = _Runner(self._model, self._variables, self._devices[:1], (leads + 1) // 2)
 
+        gate = self._build_gate(grid)
+
         def remove(*block):
-            return np.concatenate(list(self._remove(runner, [block])))
+            return np.concatenate(list(self._remove(runner, [block], gate)))
 
         return streaming.Stream(remove, grid, leads, level, r_peaks)
 
-    def _remove(self, runner: "_Runner", blocks: Iterable[tuple]) -> Iterator[np.ndarray]:
-        """What the model removes from windows `[W, window, C]`, block by block; blocks come with their R peaks."""
+    def _build_gate(self, grid: streaming.Grid) -> "_Gate | None":
+        return _Gate(grid.hop / streaming.RATE) if self._gate else None
+
+    def _remove(self, runner: "_Runner", blocks: Iterable[tuple], gate: "_Gate | None") -> Iterator[np.ndarray]:
+        """Windows `[W, window, C]` → what `streaming.Removed` takes; blocks come with their R peaks."""
         waiting: collections.deque = collections.deque()
         for windows, r_peak, r_mask in blocks:
-            leads = windows.shape[2]
-            noisy, scale = _pairs(windows)
-            count = noisy.shape[0] // len(windows)
-            sent = runner.send(noisy, np.repeat(r_peak, count, 0), np.repeat(r_mask, count, 0))
-            waiting.append((leads, noisy, scale, sent))
+            noisy, scale = augment.standardise(windows)
+            pairs = _pairs(noisy)
+            count = len(pairs) // len(windows)
+            sent = runner.send(pairs, np.repeat(r_peak, count, 0), np.repeat(r_mask, count, 0))
+            waiting.append((windows, scale, sent))
             if len(waiting) == _IN_FLIGHT:
-                yield self._removed(*waiting.popleft())
+                yield self._removed(*waiting.popleft(), gate)
         while waiting:
-            yield self._removed(*waiting.popleft())
+            yield self._removed(*waiting.popleft(), gate)
 
-    def _removed(self, leads: int, noisy: np.ndarray, scale: np.ndarray, sent: list) -> np.ndarray:
-        denoised = _Runner.receive(sent, len(noisy))
-        removed, denoised = _leads((noisy - denoised) * scale, leads), _leads(denoised * scale, leads)
-        return removed * gate(denoised, removed) if self._gate else removed
-
-
-def gate(denoised: np.ndarray, removed: np.ndarray) -> np.ndarray:
-    """How much of what was removed from windows `[W, L, C]` is to go: 0 (all stays) to 1, `[W, 1, C]`."""
-    left, gone = denoised.var(1, keepdims=True), np.square(removed).mean(1, keepdims=True)
-    # Of a lead that is 0 throughout there is nothing to tell.
-    snr_db = 10 * np.log10(np.maximum(left, 1e-30) / np.maximum(gone, 1e-30))
-    part = np.clip((_UNTOUCHED_DB - snr_db) / (_UNTOUCHED_DB - _DENOISED_DB), 0, 1)
-    return part * part * (3 - 2 * part)
+    @staticmethod
+    def _removed(windows: np.ndarray, scale: np.ndarray, sent: list, gate: "_Gate | None") -> np.ndarray:
+        count, length, leads = windows.shape
+        beats = _leads(_Runner.receive(sent, count * ((leads + 1) // 2)), leads) * scale
+        removed, of_rest = windows - beats, np.ones((count, 1, leads), np.float32)
+        if gate is not None:
+            drift = augment.wander(removed)
+            of_drift, of_rest = gate(beats, drift, removed - drift)
+            removed = of_drift * drift + of_rest * (removed - drift)
+        used = removed[:, -streaming.used(length) :]
+        return np.concatenate([used, np.broadcast_to(of_rest, used.shape)], 2)
 
 
-def _pairs(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Windows `[W, L, C]` → pairs of leads `[W·pairs, L, 2]` divided by their rms, and that `[W·pairs, 1, 1]`."""
-    count, length, leads = windows.shape
+class _Gate:
+    """How much of a lead's noise is to go, by how strong it was against the heartbeats in the last seconds."""
+
+    def __init__(self, hop_s: float):
+        self._forget = math.exp(-hop_s / _REMEMBERED_S)
+        self._sums: np.ndarray | None = None  # of powers `[3, C]`, the last of them counting most
+
+    def __call__(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The next windows `[W, L, C]` → parts of the drift and of the rest that are to go, 0 to 1, `[W, 1, C]`."""
+        powers = np.stack([part.var(1, dtype=np.float64) for part in (beats, rest)])
+        powers = np.stack([powers[0], np.square(drift).mean(1, dtype=np.float64), powers[1]])
+        if self._sums is None:
+            self._sums = np.zeros_like(powers[:, 0])
+        sums, _ = scipy.signal.lfilter([1], [1, -self._forget], powers, 1, zi=self._forget * self._sums[:, None])
+        self._sums = sums[:, -1]
+        # Of a lead that is 0 throughout there is nothing to tell.
+        beats_db, *noise_db = 10 * np.log10(np.maximum(sums, 1e-30))
+        ratio_db = beats_db - np.stack(noise_db)
+        bounds = [bound[:, None, None] for bound in (_UNTOUCHED_DB, _DENOISED_DB)]
+        part = np.clip((bounds[0] - ratio_db) / (bounds[0] - bounds[1]), 0, 1)
+        part = (part * part * (3 - 2 * part)).astype(np.float32)[:, :, None]
+        return part[0], part[1]
+
+
+def _pairs(windows: np.ndarray) -> np.ndarray:
+    """Windows `[W, L, C]` → pairs of leads `[W·pairs, L, 2]`."""
+    length, leads = windows.shape[1:]
     pairs = np.minimum(np.arange(leads + leads % 2), leads - 1).reshape(-1, 2)
-    noisy = windows[:, :, pairs].transpose(0, 2, 1, 3).reshape(-1, length, 2)
-    scale = np.sqrt(np.maximum(np.square(noisy).mean((1, 2), keepdims=True), _TINY))
-    return noisy / scale, scale
+    return windows[:, :, pairs].transpose(0, 2, 1, 3).reshape(-1, length, 2)
 
 
 def _leads(pairs: np.ndarray, leads: int) -> np.ndarray:
@@ -326,11 +354,17 @@ class _Recording:
 
     def _model_samples(self, start: int, stop: int) -> np.ndarray:
         first, last = self._grid.span(start, stop)
-        index = streaming.reflected(np.arange(first, last), len(self._leads))
+        index = streaming.reflected(np.arange(first, last), len(self._leads), self._grid.known(0))
         low, high = index.min(), index.max() + 1
-        bridged = [gaps.bridged(lead, low, high) for gaps, lead in zip(self._gaps, self._leads.T, strict=True)]
-        values = (np.stack(bridged, 1) - self._origin).astype(np.float32)[index - low]
-        return self._grid.to_model(values, first, start, stop)
+        return self._grid.to_model(self._bridged(low, high)[index - low], first, start, stop)
+
+    def _bridged(self, start: int, stop: int) -> np.ndarray:
+        bridged = [gaps.bridged(lead, start, stop) for gaps, lead in zip(self._gaps, self._leads.T, strict=True)]
+        return (np.stack(bridged, 1) - self._origin).astype(np.float32)
+
+    def highs(self, start: int, stop: int) -> np.ndarray | float:
+        """What the model does not see of samples start to stop, `[n, C]`."""
+        return streaming.highs(self._bridged, start, stop, self._grid, len(self._leads))
 
     def without(self, removed: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Samples start to stop less what was removed from them; NaN where missing, as they are where no signal is."""

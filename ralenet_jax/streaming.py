@@ -1,8 +1,11 @@
 """Denoising window by window: what whole recordings and streams share, and the stream.
 
-The model works on windows of its own samples, 360 in a second, of which sample 0 is the signal's first. Window w begins
-at sample w·hop − fade; each is faded into the next, and the weights of all sum to 1. Only what the model removes is
-brought back to the signal's rate and subtracted, so a signal from which nothing is removed comes out as it went in.
+The model works on windows of its own samples, 180 in a second, of which sample 0 is the signal's first. Of each window
+its last 140 samples are used, what is before them lets the model see what came before: so nothing waits for long. What
+is used of window w begins at sample w·hop − fade; it is faded into the next window's, and the weights of all sum to 1.
+Only what the model removes is brought back to the signal's rate and subtracted, so a signal from which nothing is
+removed comes out as it went in. Above 90 Hz, which the model does not see, a heartbeat has next to nothing: what is
+there goes to the part that is removed of the noise.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from ralenet_jax.errors import UserError
 RATE = augment.RATE  # Hz, of the model's samples
 MOST_PEAKS = 4  # told of a window, as in training
 _BESIDE = 16  # model samples outside a window from where an R peak still has a part in it
+_USED = 140  # the last samples of a window, of which something is made: 0.78 s, and the filters' 0.22 at most
 _CROSSINGS, _LONGEST_S = 10, 0.11  # half the anti-alias filter: zero crossings, and seconds at most
 _SLOWEST, _FASTEST = 50, 5000  # Hz
 _FLAT_S = 0.2  # an unchanging stretch this long is no signal
@@ -54,14 +58,19 @@ class Grid:
     window: int
 
     @property
+    def used(self) -> int:
+        """How many of the last model samples of a window are used."""
+        return used(self.window)
+
+    @property
     def fade(self) -> int:
-        """Model samples that two windows share."""
-        return self.window // 4
+        """Model samples that two windows share, of those used."""
+        return self.used // 5
 
     @property
     def hop(self) -> int:
         """Model samples between the starts of two windows."""
-        return self.window - self.fade
+        return self.used - self.fade
 
     @functools.cached_property
     def taps(self) -> np.ndarray:
@@ -77,17 +86,32 @@ class Grid:
         """Half the filter, in samples at `rate·up`."""
         return len(self.taps) // 2
 
+    @functools.cached_property
+    def treble(self) -> np.ndarray:
+        """The filter, at the signal's rate, for what is lost on the way to the model's rate and back."""
+        half = self.half // self.up if self.up < self.down else 0
+        if not half:
+            return np.zeros(1)
+        low = signal.firwin(2 * half + 1, RATE / self.rate, window=("kaiser", 5.0))
+        both_ways = np.convolve(low, low)
+        return signal.unit_impulse(len(both_ways), "mid") - both_ways
+
     def start(self, number: int | np.ndarray) -> int | np.ndarray:
         """First model sample of a window."""
-        return number * self.hop - self.fade
+        return number * self.hop - self.fade - (self.window - self.used)
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The signal's samples that model samples start to stop are made of; they may lie outside the signal."""
         return -((self.half - start * self.down) // self.up), ((stop - 1) * self.down + self.half) // self.up + 1
 
+    def known(self, number: int) -> int:
+        """How many of the signal's samples have come when a window is whole."""
+        return self.span(0, self.start(number) + self.window)[1]
+
     def final(self, windows: int) -> int:
         """How many of the signal's samples are final after so many windows."""
-        return max((self.start(windows) * self.down - self.half - 1) // self.up + 1, 0)
+        begun = windows * self.hop - self.fade  # from there on another window has a part
+        return max((begun * self.down - self.half - 1) // self.up + 1, 0)
 
     def windows(self, length: int) -> int:
         """How many windows make so many of the signal's samples final."""
@@ -103,6 +127,28 @@ class Grid:
         end = ((stop - 1) * self.up + self.half) // self.down + 1
         chosen = values[begin - first : end - first]
         return _resample(chosen, begin, start, stop, self.down, self.up, self.taps)
+
+
+def highs(values: Callable, start: int, stop: int, grid: Grid, length: int) -> np.ndarray | float:
+    """What is above the model's rate in a signal's samples start to stop, `[n, C]`.
+
+    Args:
+        values: (first, end) → the signal's samples between them `[n, C]`, without gaps.
+        start, stop: samples.
+        grid: of the signal.
+        length: of the signal.
+    """
+    half = len(grid.treble) // 2
+    if not half or start >= stop:
+        return 0.0
+    index = reflected(np.arange(start - half, stop + half), length, grid.known(0))
+    first = index.min()
+    return signal.oaconvolve(values(first, index.max() + 1)[index - first], grid.treble[:, None], "valid", axes=0)
+
+
+def used(window: int) -> int:
+    """How many of the last samples of a window are used."""
+    return min(window, _USED)
 
 
 def build_grid(sampling_rate: float, window: int) -> Grid:
@@ -128,25 +174,31 @@ def _resample(values, first, start, stop, up, down, taps) -> np.ndarray:
     return signal.upfirdn(moved, values, up, down, axis=0)[begin:][: stop - start]
 
 
-def reflected(index: np.ndarray, length: int) -> np.ndarray:
-    """Samples of a signal of this length that stand for samples outside it: it is mirrored at both ends."""
-    period = max(2 * (length - 1), 1)
+def reflected(index: np.ndarray, length: int, first: int | None = None) -> np.ndarray:
+    """Samples of a signal of this length that stand for samples outside it: it is mirrored at both ends.
+
+    At the beginning no more of it than its `first` samples, which a stream knows then.
+    """
+    period = np.where(index < 0, max(2 * (min(first or length, length) - 1), 1), max(2 * (length - 1), 1))
     index = index % period
     return np.minimum(index, period - index) if length > 1 else index
 
 
 class Removed:
-    """What the model removes, laid together from windows as they come and brought to the signal's rate."""
+    """What the model removes, laid together from what is used of windows, and brought to the signal's rate.
+
+    With it goes how much of what the model does not see is to be removed, in as many channels more.
+    """
 
     def __init__(self, grid: Grid, leads: int):
         rise = np.sin(np.pi / 2 * (np.arange(grid.fade) + 0.5) / grid.fade).astype(np.float32)[:, None] ** 2
         self._grid, self._rise = grid, rise
         self._first = -grid.fade
-        self._values = np.zeros((0, leads), np.float32)
-        self._tail = np.zeros((grid.fade, leads), np.float32)
+        self._values = np.zeros((0, 2 * leads), np.float32)
+        self._tail = np.zeros((grid.fade, 2 * leads), np.float32)
 
     def add(self, windows: np.ndarray) -> None:
-        """Takes the next windows `[W, window, C]`."""
+        """Takes what is used of the next windows, and the parts, `[W, used, 2·C]`."""
         grid, rise = self._grid, self._rise
         bodies, tails = windows[:, : grid.hop].copy(), windows[:, grid.hop :] * rise[::-1]
         bodies[:, : grid.fade] *= rise  # the first window's lies before the signal
@@ -154,14 +206,18 @@ class Removed:
         self._tail = tails[-1]
         self._values = np.concatenate([self._values, bodies.reshape(-1, windows.shape[2])])
 
-    def take(self, start: int, stop: int) -> np.ndarray:
-        """The signal's samples start to stop, `[n, C]`; those before stop cannot be asked for again."""
+    def take(self, start: int, stop: int, treble: np.ndarray | float) -> np.ndarray:
+        """The signal's samples start to stop, `[n, C]`; those before stop cannot be asked for again.
+
+        `treble` is what the model does not see of them, `[n, C]`.
+        """
+        leads = self._values.shape[1] // 2
         if start >= stop:
-            return np.zeros((0, self._values.shape[1]), np.float32)
+            return np.zeros((0, leads), np.float32)
         taken = self._grid.to_signal(self._values, self._first, start, stop)
         old = max((stop * self._grid.up - self._grid.half) // self._grid.down - self._first, 0)
         self._values, self._first = self._values[old:], self._first + old
-        return taken
+        return taken[:, :leads] + taken[:, leads:] * treble
 
 
 def detect_peaks(leads: np.ndarray) -> np.ndarray:
@@ -252,14 +308,14 @@ class Stream:
     into chunks makes no difference.
 
     Args:
-        remove: windows `[W, window, C]`, R peaks and mask `[W, MOST_PEAKS]` → what the model removes `[W, window, C]`.
+        remove: windows `[W, window, C]`, R peaks and mask `[W, MOST_PEAKS]` → what `Removed` takes.
         grid: of the signal.
         leads: C.
         level: float64 `[C]`, about which the leads lie; None to follow the median.
         r_peaks: model samples of all R peaks, ascending; None to detect them.
 
     Attributes:
-        latency: seconds that a sample waits at most until it is final, 0.71 to 0.93 with windows of 256 samples.
+        latency: seconds that a sample waits at most until it is final, 0.8 to 1 with windows of 256 samples.
     """
 
     def __init__(
@@ -278,7 +334,7 @@ class Stream:
         self._origin = np.full(leads, np.nan) if level is None else self._level  # float32 is exact near it
         self._rows, self._first = np.zeros((0, leads)), 0  # as they came, NaN where missing
         self._bridged = np.zeros((0, leads), np.float32)  # beside the rows, as far as windows needed them
-        self._model, self._model_first = np.zeros((0, leads), np.float32), -grid.fade
+        self._model, self._model_first = np.zeros((0, leads), np.float32), grid.start(0)
         self._windows = self._emitted = 0
         self._coming, self._received = [], 0
         self._dtype, self._ended = np.float64, False
@@ -287,7 +343,7 @@ class Stream:
     def latency(self) -> float:
         """See the class."""
         grid = self._grid
-        filtered = ((grid.window - 1) * grid.down + 2 * grid.half) / grid.up
+        filtered = ((grid.used - 1) * grid.down + 2 * grid.half) / grid.up
         return max(filtered, grid.hop * grid.down / grid.up + self._flat) / grid.rate
 
     def push(self, chunk: np.ndarray) -> np.ndarray:
@@ -306,7 +362,7 @@ class Stream:
         self._coming.append(np.where(np.isfinite(rows), rows, np.nan))
         self._received += len(rows)
         ready = self._windows
-        while self._horizon(ready) <= self._received:
+        while self._grid.known(ready) <= self._received:
             ready += 1
         return self._advance(ready, None)
 
@@ -314,10 +370,6 @@ class Stream:
         """Ends the stream; gives the samples that are left, `[m, C]`."""
         self._ended = True
         return self._advance(self._grid.windows(self._received) if self._received else 0, self._received)
-
-    def _horizon(self, number: int) -> int:
-        """How many samples have come when a window is whole."""
-        return self._grid.span(0, self._grid.start(number) + self._grid.window)[1]
 
     def _advance(self, windows: int, length: int | None) -> np.ndarray:
         cleaned = [np.zeros((0, self._leads))]
@@ -329,8 +381,8 @@ class Stream:
             self._windows += len(steps)
             windows_and_peaks, samples = zip(*steps, strict=True)
             self._removed.add(self._remove(*map(np.stack, zip(*windows_and_peaks, strict=True))))
-            rows, kept = map(np.concatenate, zip(*samples, strict=True))
-            taken = self._removed.take(self._emitted - len(rows), self._emitted)
+            rows, kept, treble = map(np.concatenate, zip(*samples, strict=True))
+            taken = self._removed.take(self._emitted - len(rows), self._emitted, treble)
             cleaned.append(np.where(kept, rows, rows - taken))
         return np.concatenate(cleaned).astype(self._dtype)
 
@@ -341,11 +393,11 @@ class Stream:
             What the model takes: window, R peaks and mask; and the samples that then are final, from `_final`.
         """
         grid = self._grid
-        known = self._horizon(number) if length is None else length
+        known = grid.known(number) if length is None else length
         self._bridge(known)
         done, stop = self._model_first + len(self._model), grid.start(number) + grid.window
         begin, end = grid.span(done, stop)
-        index = reflected(np.arange(begin, end), known) - self._first
+        index = reflected(np.arange(begin, end), known, grid.known(0)) - self._first
         new = grid.to_model(self._bridged[index], begin, done, stop)
         self._model = np.concatenate([self._model, new])[-int(_HISTORY_S * RATE) :]
         self._model_first = stop - len(self._model)
@@ -375,8 +427,10 @@ class Stream:
                 bridged[:, lead] = np.interp(np.arange(len(values)), position, height)
         self._bridged = np.concatenate([self._bridged, bridged])
 
-    def _final(self, number: int, known: int, length: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """The samples that a window makes final, and which of them stay as they are; forgets what is not needed."""
+    def _final(self, number: int, known: int, length: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The samples that a window makes final, which of them stay as they are, and what of them the model does not
+        see; forgets what is not needed.
+        """
         start, stop = self._emitted, self._grid.final(number + 1)
         # Up to there a flat stretch is known for one.
         stop = max(min(stop, known - self._flat), start) if length is None else min(stop, length)
@@ -384,7 +438,10 @@ class Stream:
         rows = self._rows[seen - self._first : known - self._first]
         kept = no_signal(rows, self._extremes, self._grid.rate)[start - seen : stop - seen]
         rows = rows[start - seen : stop - seen]
+        treble = highs(
+            lambda first, end: self._bridged[first - self._first : end - self._first], start, stop, self._grid, known
+        )
         self._emitted = stop
         old = max(min(known, stop) - round(2 * self._grid.rate) - self._first, 0)
         self._rows, self._bridged, self._first = self._rows[old:], self._bridged[old:], self._first + old
-        return rows, kept
+        return rows, kept, np.broadcast_to(treble, rows.shape)

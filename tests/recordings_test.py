@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.signal
 
 from ralenet_jax import input_pipeline, main, recordings
 from ralenet_jax.errors import UserError
@@ -15,7 +16,8 @@ def two():
     count = np.arange(2 * N, dtype=np.float32)
     start = np.array([0, 256, N, N + 256])
     level = np.array([1, 1, 2, 2], np.float32)
-    return recordings.Recordings(np.stack([count, -count], 1), np.array([100, 300, 310, 980, 1010]), start, level)
+    signal = np.stack([count, -count], 1)
+    return recordings.Recordings(signal, signal / 10, np.array([100, 300, 310, 980, 1010]), start, level)
 
 
 def test_windows_hold_the_samples_from_their_start_on(two):
@@ -23,6 +25,7 @@ def test_windows_hold_the_samples_from_their_start_on(two):
     for window, first in zip(batch["clean"], (263, N + 255), strict=True):
         np.testing.assert_array_equal(window[:, 0], np.arange(first, first + 256))
         np.testing.assert_array_equal(window[:, 1], -window[:, 0])
+    np.testing.assert_array_equal(batch["drift"], batch["clean"] / 10)
     assert batch["id"].tolist() == [263, N + 255] and batch["level"].tolist() == [1, 2]
     np.testing.assert_array_equal(two.batch(np.array([1]))["clean"][0, :, 0], np.arange(256, 512))
     assert len(two) == 4 and two.shape == (256, 2)
@@ -45,10 +48,13 @@ def test_prepared_recordings_are_centred_and_hold_the_beat_windows(data_dir, spl
     whole = input_pipeline.read_split(config(data_dir), split)
     beats = input_pipeline.read_split(main.load_config("honest", [f"data.dir={str(data_dir)!r}"]), split)
     clean = beats.millivolts()[0]
-    # The window around the first beat, but for its recording's mean level.
-    peak = whole.peaks[whole.peaks >= 128][0]
-    found = whole.signal[peak - 128 : peak + 128]
-    np.testing.assert_allclose(found - found.mean(0), clean - clean.mean(0), atol=1e-5)
+    # The window around the first beat, of which every second sample is here, but for its recording's mean level.
+    peak = whole.peaks[whole.peaks >= 64][0]
+    found = whole.signal[peak - 64 : peak + 64][10:-10]
+    ways = [scipy.signal.resample_poly(np.roll(clean, -odd, 0), 1, 2)[10:-10] for odd in (-1, 0, 1)]
+    assert min(np.abs(found - way - (found - way).mean(0)).max() for way in ways) < 0.02
+    np.testing.assert_allclose(whole.drift.mean(0), 0, atol=0.05)
+    assert whole.drift.std() < whole.signal.std()
     of_first = whole.start[whole.level == whole.level[0]]
     end = of_first[-1] + 2 * recordings.WINDOW
     level = np.sqrt(np.mean(np.square(whole.signal[:end])))
