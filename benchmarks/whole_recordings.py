@@ -42,12 +42,17 @@ def butterworth(signal, rate):
     return scipy.signal.sosfiltfilt(scipy.signal.butter(4, (0.5, 40), "band", fs=rate, output="sos"), signal, axis=0)
 
 
-def methods(model):
-    """What is compared: name → (signal [L, leads] in mV, Hz) → the same shape."""
-    denoiser = Denoiser.from_pretrained() if model is None else Denoiser.from_file(model)
+def denoiser_of(model):
+    """The denoiser with the weights that come along (None), of a work directory or of a file."""
+    if model is None:
+        return Denoiser.from_pretrained()
+    return Denoiser.from_checkpoint(model, "last") if Path(model).is_dir() else Denoiser.from_file(model)
+
+
+def filters_of():
+    """What needs no training: name → (signal [L, leads] in mV, Hz) → the same shape."""
     return {
         "noisy": lambda signal, rate: signal,
-        "blind": denoiser,
         "dwt": lambda signal, rate: filters.dwt(signal[None])[0],
         "neurokit": neurokit("neurokit"),
         "biosppy": neurokit("biosppy"),
@@ -55,12 +60,19 @@ def methods(model):
     }
 
 
-def read_noise(physionet):
-    """The second half of the noise recordings, `[3, N, 2]` in mV."""
+def read_noise(physionet, second_half=True):
+    """The second half of the noise recordings, or the first, `[3, N, 2]` in mV."""
     folder = Path(physionet) / "nstdb/1.0.0"
     signals = [wfdb.rdrecord(str(folder / name)).p_signal for name in noise.RECORDINGS]
     length = min(map(len, signals))
-    return np.stack([signal[length // 2 : length] for signal in signals]).astype(np.float32)
+    half = slice(length // 2, length) if second_half else slice(length // 2)
+    return np.stack([signal[half] for signal in signals]).astype(np.float32)
+
+
+def snr_db(clean, output):
+    """Power of the clean recording `[L, C]` over that of the error, dB, both centred per lead."""
+    clean, output = clean - clean.mean(0), output - output.mean(0)
+    return float(10 * np.log10(np.sum(np.square(clean)) / max(np.sum(np.square(clean - output)), 1e-12)))
 
 
 def measure(clean, output, beats, rate, with_f1):
@@ -73,7 +85,7 @@ def measure(clean, output, beats, rate, with_f1):
         name: float(np.mean(np.abs(np.asarray(of(output[cut]) - of(clean[cut])))))
         for name, of in (("qrs_amplitude_error", metrics.qrs_amplitude), ("st_level_error", metrics.st_level))
     }
-    row = {"snr_db": float(10 * np.log10(signal / error)), "prd": float(100 * np.sqrt(error / signal)), **heart}
+    row = {"snr_db": snr_db(clean, output), "prd": float(100 * np.sqrt(error / signal)), **heart}
     if with_f1:
         matches = heartbeats.count_matches(beats, heartbeats.detect(output[:, 0], rate), rate)
         row["matches"] = matches.tolist()
@@ -84,7 +96,7 @@ def run(options, path):
     """Measures what is not in the file yet, a JSON line for each recording, condition and method."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(line["record"], line["condition"], line["method"]) for line in lines}
-    ways, recordings = methods(options.model), read_noise(options.physionet)
+    ways, recordings = {"blind": denoiser_of(options.model)} | filters_of(), read_noise(options.physionet)
     conditions = [("none", 0.0), *itertools.product(KINDS, options.snr)]
     with path.open("a") as file:
         for record, (kind, snr_db) in itertools.product(options.records, conditions):
@@ -148,7 +160,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("physionet", help="folder with mitdb/1.0.0 and nstdb/1.0.0")
     parser.add_argument("--out", required=True, help="folder for rows.jsonl, table.json and table.md")
-    parser.add_argument("--model", help="exported weights (default: the ones that come along)")
+    parser.add_argument("--model", help="exported weights or a work directory (default: what comes along)")
     parser.add_argument("--records", nargs="+", default=DS2)
     parser.add_argument("--snr", nargs="+", type=float, default=SNRS_DB, help="dB")
     parser.add_argument("--minutes", type=float, default=30.1, help="of each recording, from its start")

@@ -10,16 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.signal
 
-from ralenet_jax import augment, steps, streaming
+from ralenet_jax import augment, input_pipeline, steps, streaming
 from ralenet_jax.errors import UserError
+from ralenet_jax.gate import Gate
 
 _WEIGHTS = "weights/blind.safetensors"
-# Heartbeats over what is removed besides, in dB: from where nothing of it is removed, and up to where all is; drift, and
-# what is faster. Chosen on the records of DS1 with the first half of the noise.
-_UNTOUCHED_DB, _DENOISED_DB = np.array([2.0, 12.0]), np.array([-4.0, 8.0])
-_REMEMBERED_S = 10.0  # what is longer ago counts less than 1/e
 _BLOCK_S = 120  # a block's windows, at most, unless a batch is more
 _LEVEL_S = 1800  # a lead has one level for so long
 _IN_FLIGHT = 2  # blocks: one on the devices while the next is prepared
@@ -33,8 +29,7 @@ class Denoiser:
     subtracted from the signal, so it comes out with its own level. Missing samples stay missing, and flat or saturated
     stretches (`streaming.no_signal`) as they are.
 
-    The gate does no harm: what the model would remove is cut into slow drift and the rest, and of each as much goes as
-    it is strong against the heartbeats in the last ten seconds: nothing of a clean lead, everything of a noisy one.
+    The gate (`gate.Gate`) does no harm: of what the model would remove nothing goes from a clean lead.
 
     Args:
         model: Linen; `apply(variables, x, r_peak, r_mask=...)` denoises windows float32 `[B, window, 2]` whose rms
@@ -77,18 +72,28 @@ class Denoiser:
 
     @classmethod
     def from_file(cls, path: str | Path, **options) -> "Denoiser":
-        """With weights that `ralenet export` wrote as safetensors, npz or msgpack; raises `UserError` for others."""
+        """With weights that `ralenet export` wrote as safetensors, npz or msgpack.
+
+        Raises:
+            UserError: for another file, and for a model that was not trained on windows of whole recordings.
+        """
         from ralenet_jax import export, state  # it imports what training needs
 
         config, variables = export.load(path)
+        _check_training(config, path)
         return cls(state.model_from_config(config, steps.AXIS), variables, **options)
 
     @classmethod
     def from_checkpoint(cls, workdir: str | Path, which: str = "best", **options) -> "Denoiser":
-        """With the "best" or "last" checkpoint of a run, or that of a step; raises `UserError` if there is none."""
+        """With the "best" or "last" checkpoint of a run, or that of a step.
+
+        Raises:
+            UserError: if there is none, and for a model that was not trained on windows of whole recordings.
+        """
         from ralenet_jax import checkpoint, evaluate
 
         config = checkpoint.typed_config(checkpoint.read_config(workdir).to_dict(), workdir)
+        _check_training(config, workdir)
         window = options.get("window", 256)
         model, state = evaluate.restore_state(config, workdir, jax.devices()[:1], which, (window, 2))
         return cls(model, jax.device_get(state.variables), **options)
@@ -163,10 +168,10 @@ class Denoiser:
 
         return streaming.Stream(remove, grid, leads, level, r_peaks)
 
-    def _build_gate(self, grid: streaming.Grid) -> "_Gate | None":
-        return _Gate(grid.hop / streaming.RATE) if self._gate else None
+    def _build_gate(self, grid: streaming.Grid) -> Gate | None:
+        return Gate(grid.hop / streaming.RATE) if self._gate else None
 
-    def _remove(self, runner: "_Runner", blocks: Iterable[tuple], gate: "_Gate | None") -> Iterator[np.ndarray]:
+    def _remove(self, runner: "_Runner", blocks: Iterable[tuple], gate: Gate | None) -> Iterator[np.ndarray]:
         """Windows `[W, window, C]` → what `streaming.Removed` takes; blocks come with their R peaks."""
         waiting: collections.deque = collections.deque()
         for windows, r_peak, r_mask in blocks:
@@ -181,7 +186,7 @@ class Denoiser:
             yield self._removed(*waiting.popleft(), gate)
 
     @staticmethod
-    def _removed(windows: np.ndarray, scale: np.ndarray, sent: list, gate: "_Gate | None") -> np.ndarray:
+    def _removed(windows: np.ndarray, scale: np.ndarray, sent: list, gate: Gate | None) -> np.ndarray:
         count, length, leads = windows.shape
         beats = _leads(_Runner.receive(sent, count * ((leads + 1) // 2)), leads) * scale
         removed, of_rest = windows - beats, np.ones((count, 1, leads), np.float32)
@@ -191,30 +196,6 @@ class Denoiser:
             removed = of_drift * drift + of_rest * (removed - drift)
         used = removed[:, -streaming.used(length) :]
         return np.concatenate([used, np.broadcast_to(of_rest, used.shape)], 2)
-
-
-class _Gate:
-    """How much of a lead's noise is to go, by how strong it was against the heartbeats in the last seconds."""
-
-    def __init__(self, hop_s: float):
-        self._forget = math.exp(-hop_s / _REMEMBERED_S)
-        self._sums: np.ndarray | None = None  # of powers `[3, C]`, the last of them counting most
-
-    def __call__(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The next windows `[W, L, C]` → parts of the drift and of the rest that are to go, 0 to 1, `[W, 1, C]`."""
-        powers = np.stack([part.var(1, dtype=np.float64) for part in (beats, rest)])
-        powers = np.stack([powers[0], np.square(drift).mean(1, dtype=np.float64), powers[1]])
-        if self._sums is None:
-            self._sums = np.zeros_like(powers[:, 0])
-        sums, _ = scipy.signal.lfilter([1], [1, -self._forget], powers, 1, zi=self._forget * self._sums[:, None])
-        self._sums = sums[:, -1]
-        # Of a lead that is 0 throughout there is nothing to tell.
-        beats_db, *noise_db = 10 * np.log10(np.maximum(sums, 1e-30))
-        ratio_db = beats_db - np.stack(noise_db)
-        bounds = [bound[:, None, None] for bound in (_UNTOUCHED_DB, _DENOISED_DB)]
-        part = np.clip((bounds[0] - ratio_db) / (bounds[0] - bounds[1]), 0, 1)
-        part = (part * part * (3 - 2 * part)).astype(np.float32)[:, :, None]
-        return part[0], part[1]
 
 
 def _pairs(windows: np.ndarray) -> np.ndarray:
@@ -379,6 +360,15 @@ class _Recording:
 def _median(values: np.ndarray) -> float:
     there = values[np.isfinite(values)]
     return float(np.median(there)) if len(there) else np.nan
+
+
+def _check_training(config, where: str | Path) -> None:
+    """Windows of whole recordings come as the denoiser makes them; a model of others would do harm."""
+    if config.data.database != input_pipeline.RECORDINGS:
+        raise UserError(
+            f"{where}: the model was trained on {config.data.database}; expected one trained as configs/blind.py has "
+            f"it, on {input_pipeline.RECORDINGS}"
+        )
 
 
 def _check_signal(signal: np.ndarray) -> None:

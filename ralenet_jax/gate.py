@@ -1,0 +1,88 @@
+"""How much of what the model would remove from a lead is to go: all of a noisy lead's noise, nothing of a clean one's.
+
+What would be removed is slow drift and the rest. Of each a part goes that depends on how strong both have been against
+the heartbeats in the last seconds, and on how steady: a recording's own drift comes in bursts, added noise stays. A
+logistic function of these, whose weights `benchmarks/gate.py` finds on training records.
+"""
+
+import numpy as np
+import scipy.signal
+
+_LONG_S, _SHORT_S = 60.0, 10.0  # what is longer ago counts less than 1/e
+_LEAST_DB = -50.0  # of the heartbeats' power: fainter noise than that makes no difference
+_SHUT = 0.05  # parts below this are none, parts above 1 less this are all
+_TINY = 1e-30
+# For drift and for the rest: 1; heartbeats over it, dB, in the long and in the short run; burstiness of it, dB;
+# heartbeats over the other, dB, in the long run.
+WEIGHTS = np.array([[0.9, -0.4, 0.2, -0.1, 0.0], [9.0, -0.3, -0.4, 0.0, 0.0]])
+
+
+class _Mean:
+    """The mean of what came so far, the last seconds counting most."""
+
+    def __init__(self, forget: float):
+        self._forget = forget
+        self._sum, self._weight = 0.0, 0.0
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """The next values `[W, C]` → the mean after each."""
+
+        def summed(new, old):
+            state = np.broadcast_to(self._forget * old, new[:1].shape)
+            return scipy.signal.lfilter([1], [1, -self._forget], new, 0, zi=state)[0]
+
+        sums, weights = summed(values, self._sum), summed(np.ones((len(values), 1)), self._weight)
+        self._sum, self._weight = sums[-1], weights[-1]
+        return sums / weights
+
+
+class Gate:
+    """The gate of one signal, which remembers what it saw.
+
+    Args:
+        hop_s: seconds between windows.
+        weights: `[2, 5]`; by default `WEIGHTS`.
+    """
+
+    def __init__(self, hop_s: float, weights: np.ndarray | None = None):
+        self._weights = WEIGHTS if weights is None else weights
+        long, short = np.exp(-hop_s / np.array([_LONG_S, _SHORT_S]))
+        self._long = [_Mean(long) for _ in range(5)]
+        self._short = [_Mean(short) for _ in range(3)]
+
+    def __call__(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
+        """The next windows `[W, L, C]` → the parts of drift and rest that are to go, 0 to 1: float32 `[2, W, 1, C]`."""
+        return parts(self.features(powers(beats, drift, rest)), self._weights)[:, :, None].astype(np.float32)
+
+    def features(self, power: np.ndarray) -> np.ndarray:
+        """What the gate goes by, after each of the next windows: `powers` `[3, W, C]` → `[2, W, C, 5]`."""
+        long = [mean(values) for mean, values in zip(self._long[:3], power, strict=True)]
+        short = [_decibels(mean(values)) for mean, values in zip(self._short, power, strict=True)]
+        faintest = long[0] * 10 ** (_LEAST_DB / 10)
+        long = [_decibels(np.maximum(values, faintest)) for values in long]
+        steady = [
+            mean(_decibels(np.maximum(values, faintest))) for mean, values in zip(self._long[3:], power[1:], strict=True)
+        ]
+        over = [long[0] - values for values in steady]
+        return np.stack(
+            [
+                np.stack([np.ones_like(over[0]), over[i], short[0] - short[i + 1], long[i + 1] - steady[i], over[1 - i]], -1)
+                for i in (0, 1)
+            ]
+        )
+
+
+def powers(beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """Powers of windows `[W, L, C]`, of heartbeats and rest about their means: float64 `[3, W, C]`."""
+    slow = np.square(drift, dtype=np.float64).mean(1)
+    return np.stack([beats.var(1, dtype=np.float64), slow, rest.var(1, dtype=np.float64)])
+
+
+def parts(features: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The parts to go, `[2, …]`, by features `[2, …, 5]` and weights `[2, 5]`."""
+    score = np.stack([feature @ weight for feature, weight in zip(features, weights, strict=True)])
+    return np.clip(((1 + np.tanh(score / 2)) / 2 - _SHUT) / (1 - 2 * _SHUT), 0, 1)
+
+
+def _decibels(power: np.ndarray) -> np.ndarray:
+    return 10 * np.log10(np.maximum(power, _TINY))
