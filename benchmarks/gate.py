@@ -50,7 +50,8 @@ def observe(denoiser, clean, noisy, rate):
     observer = Observer()
     denoiser._build_gate = lambda grid: observer
     denoiser(noisy, rate)
-    powers, drift, rest = (np.concatenate(parts, axis) for parts, axis in zip(zip(*observer.seen), (1, 0, 0)))
+    powers, drift, rest = zip(*observer.seen, strict=True)
+    powers, drift, rest = np.concatenate(powers, 1), np.concatenate(drift), np.concatenate(rest)
     added, grid = windows_of(noisy - clean, rate, denoiser)
     true_drift = augment.wander(added)
     signals = [true_drift, added - true_drift, drift, rest, windows_of(clean, rate, denoiser)[0]]
@@ -83,7 +84,9 @@ class Cases:
             case = (kind, snr_db, record)
             self.features[case], self.products[case] = gate.Gate(hop_s).features(powers), products
             noisy_db = whole_recordings.snr_db(clean, noisy)
-            self.filters[case] = {n: whole_recordings.snr_db(clean, f(noisy, rate)) - noisy_db for n, f in filters.items()}
+            self.filters[case] = {
+                n: whole_recordings.snr_db(clean, f(noisy, rate)) - noisy_db for n, f in filters.items()
+            }
             print(*case, file=sys.stderr, flush=True)
         self.records, self.conditions = options.records, conditions
 
@@ -136,7 +139,7 @@ def main():
     parser.add_argument("--model", help="exported weights (default: the ones that come along)")
     parser.add_argument("--records", nargs="+", default=DS1)
     parser.add_argument("--minutes", type=float, default=2.0, help="of each recording")
-    parser.add_argument("--clean", type=float, default=0.3, help="what a percent of PRD of clean recordings counts, in dB")
+    parser.add_argument("--clean", type=float, default=0.3, help="dB that a percent of PRD counts")
     parser.add_argument("--evaluations", type=int, default=1500)
     options = parser.parse_args()
     startup.start_jax()

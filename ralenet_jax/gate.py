@@ -60,13 +60,14 @@ class Gate:
         short = [_decibels(mean(values)) for mean, values in zip(self._short, power, strict=True)]
         faintest = long[0] * 10 ** (_LEAST_DB / 10)
         long = [_decibels(np.maximum(values, faintest)) for values in long]
-        steady = [
-            mean(_decibels(np.maximum(values, faintest))) for mean, values in zip(self._long[3:], power[1:], strict=True)
-        ]
+        of_noise = [_decibels(np.maximum(values, faintest)) for values in power[1:]]
+        steady = [mean(values) for mean, values in zip(self._long[3:], of_noise, strict=True)]
         over = [long[0] - values for values in steady]
         return np.stack(
             [
-                np.stack([np.ones_like(over[0]), over[i], short[0] - short[i + 1], long[i + 1] - steady[i], over[1 - i]], -1)
+                np.stack(
+                    [np.ones_like(over[0]), over[i], short[0] - short[i + 1], long[i + 1] - steady[i], over[1 - i]], -1
+                )
                 for i in (0, 1)
             ]
         )

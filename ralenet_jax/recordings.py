@@ -48,8 +48,8 @@ class Recordings:
         """Windows of these cells `[n]`, begun `shift` (0 to `WINDOW` − 1) samples after the cell, by default none.
 
         Returns:
-            "clean" and "drift" float32 `[n, WINDOW, C]`, "id" int32 (its first sample), "level" `[n]`, and as many R peaks as are
-            in reach, `MOST_PEAKS` at most: "r_peak" int32 and "r_mask" bool `[n, MOST_PEAKS]`.
+            "clean" and "drift" float32 `[n, WINDOW, C]`, "id" int32 (its first sample), "level" `[n]`, and as many R
+            peaks as are in reach, `MOST_PEAKS` at most: "r_peak" int32 and "r_mask" bool `[n, MOST_PEAKS]`.
         """
         start = self.start[index] if shift is None else self.start[index] + shift
         first = np.searchsorted(self.peaks, start - _BESIDE)

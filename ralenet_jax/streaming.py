@@ -428,8 +428,9 @@ class Stream:
         self._bridged = np.concatenate([self._bridged, bridged])
 
     def _final(self, number: int, known: int, length: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The samples that a window makes final, which of them stay as they are, and what of them the model does not
-        see; forgets what is not needed.
+        """The samples that a window makes final, which of them stay as they are, and what the model does not see.
+
+        Forgets what is not needed.
         """
         start, stop = self._emitted, self._grid.final(number + 1)
         # Up to there a flat stretch is known for one.
