@@ -120,7 +120,7 @@ class Denoiser:
         cleaned = np.empty(leads.shape, np.float32 if leads.dtype == np.float32 else np.float64)
         removed, start, windows = streaming.Removed(grid, leads.shape[1]), 0, 0
         blocks = recording.blocks(self._runner.size, peaks)
-        for values in self._remove(self._runner, blocks, self._build_gate(grid)):
+        for values in self._remove(self._runner, blocks, self._build_gate(grid), grid.used):
             removed.add(values)
             windows += len(values)
             stop = min(grid.final(windows), len(leads))
@@ -164,14 +164,14 @@ class Denoiser:
         gate = self._build_gate(grid)
 
         def remove(*block):
-            return np.concatenate(list(self._remove(runner, [block], gate)))
+            return np.concatenate(list(self._remove(runner, [block], gate, grid.used)))
 
         return streaming.Stream(remove, grid, leads, level, r_peaks)
 
     def _build_gate(self, grid: streaming.Grid) -> Gate | None:
         return Gate(grid.hop / streaming.RATE) if self._gate else None
 
-    def _remove(self, runner: "_Runner", blocks: Iterable[tuple], gate: Gate | None) -> Iterator[np.ndarray]:
+    def _remove(self, runner: "_Runner", blocks: Iterable[tuple], gate: Gate | None, used: int) -> Iterator[np.ndarray]:
         """Windows `[W, window, C]` → what `streaming.Removed` takes; blocks come with their R peaks."""
         waiting: collections.deque = collections.deque()
         for windows, r_peak, r_mask in blocks:
@@ -181,21 +181,20 @@ class Denoiser:
             sent = runner.send(pairs, np.repeat(r_peak, count, 0), np.repeat(r_mask, count, 0))
             waiting.append((windows, scale, sent))
             if len(waiting) == _IN_FLIGHT:
-                yield self._removed(*waiting.popleft(), gate)
+                yield self._removed(*waiting.popleft(), gate)[:, -used:]
         while waiting:
-            yield self._removed(*waiting.popleft(), gate)
+            yield self._removed(*waiting.popleft(), gate)[:, -used:]
 
     @staticmethod
     def _removed(windows: np.ndarray, scale: np.ndarray, sent: list, gate: Gate | None) -> np.ndarray:
-        count, length, leads = windows.shape
+        count, _, leads = windows.shape
         beats = _leads(_Runner.receive(sent, count * ((leads + 1) // 2)), leads) * scale
         removed, of_rest = windows - beats, np.ones((count, 1, leads), np.float32)
         if gate is not None:
             drift = augment.wander(removed)
             of_drift, of_rest = gate(beats, drift, removed - drift)
             removed = of_drift * drift + of_rest * (removed - drift)
-        used = removed[:, -streaming.used(length) :]
-        return np.concatenate([used, np.broadcast_to(of_rest, used.shape)], 2)
+        return np.concatenate([removed, np.broadcast_to(of_rest, removed.shape)], 2)
 
 
 def _pairs(windows: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Denoising window by window: what whole recordings and streams share, and the stream.
 
 The model works on windows of its own samples, 180 in a second, of which sample 0 is the signal's first. Of each window
-its last 140 samples are used, what is before them lets the model see what came before: so nothing waits for long. What
-is used of window w begins at sample w·hop − fade; it is faded into the next window's, and the weights of all sum to 1.
+its last samples are used, as many as keep a stream's latency below a second; the others let the model see what came
+before. What is used of window w begins at sample w·hop − fade; it is faded into the next window's, and the weights of
+all sum to 1.
 Only what the model removes is brought back to the signal's rate and subtracted, so a signal from which nothing is
 removed comes out as it went in. Above 90 Hz, which the model does not see, a heartbeat has next to nothing: what is
 there goes to the part that is removed of the noise.
@@ -23,7 +24,7 @@ from ralenet_jax.errors import UserError
 RATE = augment.RATE  # Hz, of the model's samples
 MOST_PEAKS = 4  # told of a window, as in training
 _BESIDE = 16  # model samples outside a window from where an R peak still has a part in it
-_USED = 140  # the last samples of a window, of which something is made: 0.78 s, and the filters' 0.22 at most
+_LATENCY_S = 0.99  # what is used of a window, and the filter twice
 _CROSSINGS, _LONGEST_S = 10, 0.11  # half the anti-alias filter: zero crossings, and seconds at most
 _SLOWEST, _FASTEST = 50, 5000  # Hz
 _FLAT_S = 0.2  # an unchanging stretch this long is no signal
@@ -60,7 +61,7 @@ class Grid:
     @property
     def used(self) -> int:
         """How many of the last model samples of a window are used."""
-        return used(self.window)
+        return min(self.window, int((_LATENCY_S - 2 * self.half / self.up / self.rate) * RATE))
 
     @property
     def fade(self) -> int:
@@ -144,11 +145,6 @@ def highs(values: Callable, start: int, stop: int, grid: Grid, length: int) -> n
     index = reflected(np.arange(start - half, stop + half), length, grid.known(0))
     first = index.min()
     return signal.oaconvolve(values(first, index.max() + 1)[index - first], grid.treble[:, None], "valid", axes=0)
-
-
-def used(window: int) -> int:
-    """How many of the last samples of a window are used."""
-    return min(window, _USED)
 
 
 def build_grid(sampling_rate: float, window: int) -> Grid:
@@ -315,7 +311,7 @@ class Stream:
         r_peaks: model samples of all R peaks, ascending; None to detect them.
 
     Attributes:
-        latency: seconds that a sample waits at most until it is final, 0.8 to 1 with windows of 256 samples.
+        latency: seconds that a sample waits at most until it is final, just below 1 with windows of 256 samples.
     """
 
     def __init__(

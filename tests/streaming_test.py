@@ -147,7 +147,7 @@ def windows_of(signal, level):
 
     def remove(windows, r_peak, r_mask):
         seen.append(windows)
-        return np.zeros((len(windows), 140, 2), np.float32)
+        return np.zeros((len(windows), 178, 2), np.float32)
 
     stream = streaming.Stream(remove, streaming.build_grid(180, 256), 1, level, np.zeros(0, int))
     streamed(stream, signal, 100)
@@ -156,20 +156,20 @@ def windows_of(signal, level):
 
 def test_its_level_is_the_median_of_the_last_8_seconds():
     ramp = np.arange(7200) / 1000
-    # Window 20 is samples 2096 to 2351, its last 140 begin at 20·112 − 28; 8 s are 1440 samples.
-    np.testing.assert_allclose(windows_of(ramp, None)[20], ramp[2096:2352] - np.median(ramp[912:2352]), atol=1e-6)
+    # Of window 20, samples 2747 to 3002, the last 178 begin at 20·143 − 35; 8 s are 1440 samples.
+    np.testing.assert_allclose(windows_of(ramp, None)[20], ramp[2747:3003] - np.median(ramp[1563:3003]), atol=1e-6)
 
 
 def test_a_gap_still_open_is_held_at_its_last_value():
     signal = np.sin(np.arange(3000) / 10)
     expected = signal.copy()
     signal[1000:2000] = np.nan
-    # Window 11 is samples 1088 to 1343, window 16 samples 1648 to 1903, window 17 samples 1760 to 2015.
+    # Window 8 is samples 1031 to 1286, window 12 samples 1603 to 1858, window 13 samples 1746 to 2001.
     windows = windows_of(signal, np.zeros(1))
-    np.testing.assert_allclose(windows[[11, 16]], np.full((2, 256), expected[999]), atol=1e-6)
+    np.testing.assert_allclose(windows[[8, 12]], np.full((2, 256), expected[999]), atol=1e-6)
     # Then the line to the next sample begins where the samples known had ended.
-    line = np.interp(np.arange(1904, 2000), [1903, 2000], expected[[999, 2000]])
-    np.testing.assert_allclose(windows[17], np.r_[np.full(144, expected[999]), line, expected[2000:2016]], atol=1e-6)
+    line = np.interp(np.arange(1859, 2000), [1858, 2000], expected[[999, 2000]])
+    np.testing.assert_allclose(windows[13], np.r_[np.full(113, expected[999]), line, expected[2000:2002]], atol=1e-6)
 
 
 @pytest.mark.parametrize("rate", [50, 75, 100, 128, 250, 360, 500, 5000, 333.3])
