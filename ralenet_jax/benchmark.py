@@ -31,6 +31,7 @@ PARTS = {
     "train": None,
     "evaluate": None,
     "infer": None,
+    "denoise": None,
 }
 _ROUNDS = {  # measured in rounds, for each batch and length
     "input": benchmark_parts.Input,
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=int, help="the training step in so many processes against one; --batch is of each (CPU)")
     add("--source", help="for prepare: local copy in PhysioNet's layout")
     add("--data-dir", help="for read, start and cell: folder of the shards")
+    add("--minutes", type=float, default=30, help="for denoise: of two leads at 360 Hz (%(default)s)")
     add("--epochs", type=int, help="for cell: other than the paper's")
     return parser
 
@@ -138,6 +140,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--batch {bad[0]} does not divide by --devices {args.devices}")
     if args.processes is not None and args.processes < 2:
         raise UserError(f"--processes {args.processes}; expected 2 or more, they are compared with one")
+    if not 0.1 <= args.minutes <= 10_000:
+        raise UserError(f"--minutes {args.minutes:g}; expected 0.1 to 10000")
     if args.epochs is not None and args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}; expected 1 or more")
     if bad := [length for length in args.length if length % _LENGTH_UNIT or length < 2 * _LENGTH_UNIT]:
@@ -217,6 +221,8 @@ def main(argv: Sequence[str]) -> int:
     if "read" in args.parts:
         where = {"batch": None, "length": benchmark_parts.LENGTH, "devices": None}
         rows += _in_rounds({"read": benchmark_parts.reading(args.data_dir)}, where, args, devices, [])
+    if "denoise" in args.parts:
+        table.append(_say(benchmark_parts.denoise(devices, args.minutes, args.repeats)))
     chosen = {part: build for part, build in _ROUNDS.items() if part in args.parts}
     for batch in args.batch if chosen else ():
         config = load_config("ralenet", [f"train.batch_size={batch}"])

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from ralenet_jax import evaluate, input_pipeline, optim, steps
 from ralenet_jax import state as train_state
+from ralenet_jax.denoise import Denoiser
 from ralenet_jax.errors import UserError
 
 LENGTH = 256  # samples of a window of the paper, and of the peers
@@ -151,6 +152,23 @@ def evaluation(config: ConfigDict, devices: Sequence[jax.Device], length: int) -
         return len(windows)
 
     return measure
+
+
+def denoise(devices: Sequence[jax.Device], minutes: float, repeats: int) -> dict:
+    """A made-up recording, two leads at 360 Hz, cleaned whole with the weights that come along, time and again."""
+    rate, heart_rate = 360, 1.2
+    time_s = np.arange(round(minutes * 60 * rate)) / rate
+    beats = np.exp(-np.square((time_s * heart_rate % 1 - 0.5) / (0.02 * heart_rate)))
+    noise = np.random.default_rng(0).standard_normal((len(time_s), _LEADS), np.float32)
+    recording = (beats[:, None] + 0.3 * noise).astype(np.float32)
+    denoiser = Denoiser.from_pretrained(devices=devices)
+    seconds = []
+    for _ in range(repeats + 1):  # the first compiles
+        start = time.perf_counter()
+        denoiser(recording, rate)
+        seconds.append(time.perf_counter() - start)
+    row = {"part": "denoise", "minutes": minutes, "leads": _LEADS, "devices": len(devices)}
+    return row | {"first_s": round(seconds[0], 2), "seconds": spread(seconds[1:])} | peak_memory(devices)
 
 
 def reading(data_dir: str) -> Callable[[], int]:

@@ -135,6 +135,8 @@ def test_a_peer_that_does_not_start_is_named(tmp_path):
         (["--length", "512", "--peer", "peer.py"], "--length 256"),
         (["--processes", "1"], "2 or more"),
         (["--epochs", "0"], "1 or more"),
+        (["--minutes", "0"], "0.1 to 10000"),
+        (["--minutes", "nan"], "0.1 to 10000"),
         (["--no-such"], "--no-such"),
     ],
 )
@@ -358,6 +360,14 @@ def test_a_short_run_of_two_processes():
     assert found["efficiency"]["median"] > 0
     # 1,087,282 parameters, two scalars, mean and variance of 8 channels forward and backward; float32
     assert found["all_reduced_bytes"] == found["all_reduced_bytes_expected"] == 4 * (1_087_282 + 2 + 32)
+
+
+@pytest.mark.slow
+def test_a_short_recording_is_denoised():
+    _, (row,), (last,) = run("--parts", "denoise", "--minutes", 0.2, "--repeats", 2)
+    assert row["part"] == "denoise" and row["minutes"] == 0.2 and row["leads"] == 2
+    assert 0 < row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"] < row["first_s"]
+    assert last == row
 
 
 @pytest.mark.slow
