@@ -46,13 +46,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.name = "ralenet"
     # Work directory of the training of that ralenet (ralenet_12lead only); read once, when the training starts.
     config.model.base = config_dict.placeholder(str)
-    # What the named model is made of; None: as published under that name. The rivals have no such options.
+    # What the named model is made of; None: as published under that name. The rivals have a dtype alone.
     # "partial", "depthwise" or "none": the convolution inside the feed-forward.
     config.model.local_enhancement = config_dict.placeholder(str)
     # Efficient channel attention after the feed-forward.
     config.model.efficient_channel_attention = config_dict.placeholder(bool)
     # The learned bias around the R wave.
     config.model.r_wave_attention = config_dict.placeholder(bool)
+    # "float32" (None too) or "bfloat16": what products and activations are computed in, of any model. Parameters, what
+    # is summed (normalisation, softmax, loss, running statistics) and what is saved stay float32.
+    config.model.dtype = config_dict.placeholder(str)
 
     config.optim = ml_collections.ConfigDict()
     # "adam", "adamw" or "sgd".

@@ -50,7 +50,9 @@ def test_options_change_the_model():
         ("ralenet", {"local_enhancement": "depthwize"}, ["'depthwize'", "did you mean 'depthwise'"]),
         ("ralenet", {"axis": "batch"}, ["'axis'", "known: 'local_enhancement'"]),
         ("unett", {}, ["'unett'", "did you mean 'unet'"]),
-        ("unet", {"local_enhancement": "none"}, ["'unet'", "'local_enhancement'", "it has none"]),
+        ("unet", {"local_enhancement": "none"}, ["'unet'", "'local_enhancement'", "known: 'dtype'"]),
+        ("ralenet", {"dtype": "bfloat"}, ["dtype='bfloat'", "did you mean 'bfloat16'", "'float32'"]),
+        ("acdae", {"dtype": "float16"}, ["dtype='float16'", "known: 'float32', 'bfloat16'"]),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(name, options, told):
@@ -89,3 +91,30 @@ def test_rival_takes_other_lengths_and_leads_and_any_r_peak(name):
 def test_rival_refuses_bad_shapes(name, shape):
     with pytest.raises(UserError, match=r"expected \[B, L, leads\] with L divisible by 16"):
         jax.eval_shape(build_model(name).init, jax.random.key(0), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_bfloat16_is_inside_alone(name):
+    leads = 12 if name == "ralenet_12lead" else 2
+    x, variables = jnp.zeros((3, 32, leads)), random_variables(name, leads)
+    model = build_model(name, dtype="bfloat16")
+    assert "bf16" in str(jax.make_jaxpr(model.apply)(variables, x))
+    assert "bf16" not in str(jax.make_jaxpr(build_model(name).apply)(variables, x))
+
+    def loss_of(params):
+        y, updates = model.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+        return y.sum(), (y, updates)
+
+    drawn = jax.eval_shape(model.init, jax.random.key(0), x)
+    trained = jax.eval_shape(jax.grad(loss_of, has_aux=True), variables["params"])
+    assert {leaf.dtype for leaf in jax.tree.leaves((drawn, trained))} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("name", ["ralenet", *RIVALS])
+def test_bfloat16_is_near_to_float32(name):
+    variables = random_variables(name)
+    x = np.random.default_rng(1).standard_normal((3, 32, 2)).astype(np.float32)
+    wanted = jax.jit(build_model(name).apply)(variables, x)
+    found = jax.jit(build_model(name, dtype="bfloat16").apply)(variables, x)
+    # bfloat16 has 8 bits: a rounding changes 1 in 2**9, and dozens follow each other.
+    assert 0 < jnp.linalg.norm(found - wanted) < 2**-5 * jnp.linalg.norm(wanted)

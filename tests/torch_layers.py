@@ -55,9 +55,9 @@ class Weights:
         return (x - mean) / np.sqrt(var + 1e-5) * scale + bias
 
 
-def random_variables(name):
+def random_variables(name, leads=2):
     """Variables of a model that keep the size of what goes through, by shape."""
-    shapes = jax.eval_shape(build_model(name).init, jax.random.key(0), jnp.zeros((1, 64, 2)))
+    shapes = jax.eval_shape(build_model(name).init, jax.random.key(0), jnp.zeros((1, 64, leads)))
     random = np.random.default_rng(0)
 
     def draw(path, leaf):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ralenet_jax.models.convolution import Conv, ConvTranspose
-from ralenet_jax.models.inputs import check_windows
+from ralenet_jax.models.inputs import DTYPES, check_windows
 from ralenet_jax.models.ralenet import EfficientChannelAttention
 
 CHANNELS = (16, 32, 64, 128)  # of the encoder's levels
@@ -31,9 +31,13 @@ class ACDAE(nn.Module):
 
     Attributes:
         axis_name: not used: nothing here is normalised over the batch.
+        dtype: what products and activations are computed in, see `inputs.DTYPES`.
     """
 
+    CHOICES = {"dtype": DTYPES}
+
     axis_name: str | None = None
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, r_peak=None, train=False, r_mask=None):
@@ -51,7 +55,7 @@ class ACDAE(nn.Module):
             UserError: for an x of another shape.
         """
         check_windows(x, 2 ** len(CHANNELS))
-        y = x.transpose(2, 0, 1)
+        y = x.transpose(2, 0, 1).astype(self.dtype)
         skips = []
         for level, (channels, width) in enumerate(zip(CHANNELS, WIDTHS, strict=True)):
             y = nn.leaky_relu(halve(Conv(channels, width, padding=width // 2, name=f"encoder{level}")(y)))
@@ -63,4 +67,4 @@ class ACDAE(nn.Module):
             y = EfficientChannelAttention(name=f"decoder{level}_attention")(nn.leaky_relu(double(y)))
             if level:
                 y += skips.pop()
-        return y.transpose(1, 2, 0)
+        return y.transpose(1, 2, 0).astype(jnp.float32)

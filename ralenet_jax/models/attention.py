@@ -4,6 +4,8 @@ Features are `[H, B, D, L]`: heads, batch, channels of a head, samples. With 4 c
 products but in the maps `[H, B, L, L]`: each is written once, the division by the sum of the weights is done on the
 features. Adding a bias to a whole map would cost as much as the softmax, so the few queries inside the window have a
 map of their own, and only that one gets the bias.
+
+The maps of the logits, their exponentials and sums are float32; products are of the features' dtype.
 """
 
 import jax
@@ -22,9 +24,9 @@ def attend(query, key, value, bias=None, start=None, inside=None):
         query: `[H, B, D, L]`, scaled already.
         key: `[H, B, D, L]`.
         value: `[H, B, D, L]`.
-        bias: `[H, W, W]`, added to the logits of the queries and keys inside the one window that stands at the same
-            place in every example; or `[H, L, L]`, of which each example takes what is inside its own windows; None
-            for no bias.
+        bias: float32 `[H, W, W]`, added to the logits of the queries and keys inside the one window that stands at the
+            same place in every example; or `[H, L, L]`, of which each example takes what is inside its own windows;
+            None for no bias.
         start: first sample of the one window, an int; what hangs over an edge is cut.
         inside: int32 `[B, L]`, which windows each sample is in, a bit for each.
 
@@ -112,13 +114,18 @@ def _join(pieces, whole):
 
 
 def _forward(query, key, value, bias, inside):
-    logits = _transpose(query) @ key
+    logits = _product(_transpose(query), key)
     if bias is not None:
         logits += _where_inside(bias, inside)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     scale = 1 / weights.sum(-1, keepdims=True)
-    out = _transpose((weights @ _transpose(value)) * scale)
+    weights = weights.astype(value.dtype)
+    out = _transpose((_product(weights, _transpose(value)) * scale).astype(value.dtype))
     return out, (query, key, value, bias, inside, weights, _transpose(scale), out)
+
+
+def _product(left, right):
+    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
 
 
 def _where_inside(x, inside):
@@ -131,11 +138,13 @@ def _where_inside(x, inside):
 def _backward(residuals, d_out):
     query, key, value, bias, inside, weights, scale, out = residuals
     d_sum = d_out * scale
-    d_value = d_sum @ weights
+    d_sum_factor = d_sum.astype(value.dtype)
+    d_value = d_sum_factor @ weights
     shift = (d_sum * out).sum(2)[..., None]
-    d_logits = weights * (_transpose(d_sum) @ value - shift)
-    d_query = _transpose(d_logits @ _transpose(key))
-    d_key = query @ d_logits
+    d_logits = weights * (_product(_transpose(d_sum_factor), value) - shift)
+    d_logits_factor = d_logits.astype(value.dtype)
+    d_query = _transpose(d_logits_factor @ _transpose(key))
+    d_key = query @ d_logits_factor
     return d_query, d_key, d_value, None if bias is None else _summed_over_batch(d_logits, inside)
 
 

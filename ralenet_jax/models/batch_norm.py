@@ -11,7 +11,8 @@ class BatchNorm(nn.Module):
     """Normalises every channel over the global batch (Ioffe and Szegedy 2015), as `torch.nn.BatchNorm1d` does.
 
     Unlike `flax.linen.BatchNorm` the variance takes two passes (the mean first, then the squared deviations from it),
-    `momentum` is the weight of the new statistics, and the running variance is the unbiased one.
+    `momentum` is the weight of the new statistics, and the running variance is the unbiased one. All is computed
+    in float32, whatever the dtype of its input and output.
 
     Attributes:
         axis_name: pmapped axis over which the statistics are taken, None for one device.
@@ -32,6 +33,7 @@ class BatchNorm(nn.Module):
         Raises:
             UserError: if `train` meets one value for each channel, over all devices.
         """
+        x, dtype = x.astype(jnp.float32), x.dtype
         channel_axis = self.channel_axis % x.ndim
         axes = tuple(axis for axis in range(x.ndim) if axis != channel_axis)
         channels = (x.shape[channel_axis],)
@@ -54,7 +56,8 @@ class BatchNorm(nn.Module):
                 running_var.value += self.momentum * (var * (count / (count - 1)) - running_var.value)
         else:
             mean, var = running_mean.value, running_var.value
-        return (x - spread(mean)) * spread(scale * jax.lax.rsqrt(var + self.epsilon)) + spread(bias)
+        y = (x - spread(mean)) * spread(scale * jax.lax.rsqrt(var + self.epsilon)) + spread(bias)
+        return y.astype(dtype)
 
     def _mean_over_devices(self, statistic):
         # There is no pmapped axis while the variables are being made.

@@ -1,7 +1,7 @@
 """Convolutions along the samples and their transpose, as PyTorch defines them.
 
 Features are `[C, B, L]`. A convolution is one product over taps and channels: with so few channels that beats the
-convolution of the library.
+convolution of the library. It is computed in the dtype of its input.
 """
 
 import flax.linen as nn
@@ -16,8 +16,8 @@ def _convolve(x, kernel, bias, stride=1):
     width, channels, features = kernel.shape
     last = (x.shape[2] - width) // stride * stride
     taps = jnp.concatenate([jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis=2) for i in range(width)])
-    y = kernel.reshape(width * channels, features).T @ taps.reshape(width * channels, -1)
-    return y.reshape(features, *taps.shape[1:]) + bias[:, None, None]
+    y = kernel.reshape(width * channels, features).T.astype(x.dtype) @ taps.reshape(width * channels, -1)
+    return y.reshape(features, *taps.shape[1:]) + bias.astype(x.dtype)[:, None, None]
 
 
 class Conv(nn.Module):
@@ -57,5 +57,5 @@ class ConvTranspose(nn.Module):
         kernel = self.param("kernel", uniform(fan_in), (self.width, x.shape[0], self.features))
         bias = self.param("bias", uniform(fan_in), (self.features,))
         edge = self.width - 1 - self.padding
-        spread = jax.lax.pad(x, 0.0, [(0, 0, 0), (0, 0, 0), (edge, edge, self.stride - 1)])
+        spread = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), (edge, edge, self.stride - 1)])
         return _convolve(spread, kernel, bias)

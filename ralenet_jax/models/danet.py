@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ralenet_jax.models.batch_norm import BatchNorm
 from ralenet_jax.models.convolution import Conv, ConvTranspose
-from ralenet_jax.models.inputs import check_windows
+from ralenet_jax.models.inputs import DTYPES, check_windows
 from ralenet_jax.models.ralenet import Dense
 
 CHANNELS = (4, 8, 16, 32)  # of the encoder's levels
@@ -64,9 +64,13 @@ class DANet(nn.Module):
 
     Attributes:
         axis_name: pmapped axis over which BatchNorm takes its statistics, None for one device.
+        dtype: what products and activations are computed in, see `inputs.DTYPES`.
     """
 
+    CHOICES = {"dtype": DTYPES}
+
     axis_name: str | None = None
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, r_peak=None, train=False, r_mask=None):
@@ -89,7 +93,7 @@ class DANet(nn.Module):
             y = AdaptivePReLU(self.axis_name, name=f"{name}_activation")(y, train)
             return BatchNorm(self.axis_name, channel_axis=0, name=f"{name}_norm")(y, train)
 
-        y = x.transpose(2, 0, 1)
+        y = x.transpose(2, 0, 1).astype(self.dtype)
         skips = []
         for level, (channels, width) in enumerate(zip(CHANNELS, ENCODER_WIDTHS, strict=True)):
             y = Conv(channels, width, stride=2, padding=width // 2, name=f"encoder{level}")(y)
@@ -102,4 +106,4 @@ class DANet(nn.Module):
             y = activate(f"decoder{level}", y)
             if level:
                 y = DualAttention(self.axis_name, name=f"decoder{level}_attention")(y, train) + skips.pop()
-        return y.transpose(1, 2, 0)
+        return y.transpose(1, 2, 0).astype(jnp.float32)

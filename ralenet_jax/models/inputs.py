@@ -1,6 +1,9 @@
-"""What every model asks of its input."""
+"""What every model asks of its input, and what it may be computed in."""
 
 from ralenet_jax.errors import UserError
+
+# Of products and activations. Parameters, statistics, input and output are float32 in any case.
+DTYPES = ("float32", "bfloat16")
 
 
 def check_windows(x, unit):

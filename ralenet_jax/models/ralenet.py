@@ -2,6 +2,8 @@
 
 Windows are `[B, L, C]` outside; features are `[C, B, L]` inside. There are as few as 8 channels: with the samples last,
 sums over channels and elementwise work fill whole vectors, and a dense layer is one product `[C', C] @ [C, B·L]`.
+Every layer computes in the dtype of its input, but for means, variances, GELU and the sums of the softmax: those are
+always float32, as the parameters are.
 """
 
 import flax.linen as nn
@@ -14,7 +16,7 @@ from ralenet_jax.models.attention import attend
 from ralenet_jax.models.batch_norm import BatchNorm
 from ralenet_jax.models.convolution import Conv
 from ralenet_jax.models.initializers import uniform
-from ralenet_jax.models.inputs import check_windows
+from ralenet_jax.models.inputs import DTYPES, check_windows
 
 LEVELS = 5
 STEM_WIDTH = 8
@@ -31,7 +33,8 @@ def sinusoid(length, channels):
 
 def gelu(x):
     """GELU in its erf form; `jax.nn.gelu` goes through erfc, which takes twice as long on CPU."""
-    return x * (0.5 + 0.5 * jax.lax.erf(x * np.float32(0.5**0.5)))
+    x, dtype = x.astype(jnp.float32), x.dtype
+    return (x * (0.5 + 0.5 * jax.lax.erf(x * np.float32(0.5**0.5)))).astype(dtype)
 
 
 def _shifts(x):
@@ -51,9 +54,9 @@ class Dense(nn.Module):
         """`[C, B, L]` → `[features, B, L]`."""
         channels, batch, length = x.shape
         kernel = self.param("kernel", uniform(channels), (channels, self.features))
-        y = (kernel.T @ x.reshape(channels, batch * length)).reshape(self.features, batch, length)
+        y = (kernel.T.astype(x.dtype) @ x.reshape(channels, batch * length)).reshape(self.features, batch, length)
         if self.use_bias:
-            y += self.param("bias", uniform(channels), (self.features,))[:, None, None]
+            y += self.param("bias", uniform(channels), (self.features,)).astype(x.dtype)[:, None, None]
         return y
 
 
@@ -67,9 +70,11 @@ class LayerNorm(nn.Module):
         """`[C, B, L]` → the same shape."""
         scale = self.param("scale", nn.initializers.ones, x.shape[:1])
         bias = self.param("bias", nn.initializers.zeros, x.shape[:1])
+        x, dtype = x.astype(jnp.float32), x.dtype
         x -= x.mean(0, keepdims=True)
         var = jnp.square(x).mean(0, keepdims=True)
-        return x * jax.lax.rsqrt(var + self.epsilon) * scale[:, None, None] + bias[:, None, None]
+        y = x * jax.lax.rsqrt(var + self.epsilon) * scale[:, None, None] + bias[:, None, None]
+        return y.astype(dtype)
 
 
 class RWaveBias(nn.Module):
@@ -119,7 +124,7 @@ class LocalConv(nn.Module):
     @nn.compact
     def __call__(self, x):
         """`[C, B, L]` → the same shape."""
-        kernel = self.param("kernel", uniform(3), (3, 1, self.channels))
+        kernel = self.param("kernel", uniform(3), (3, 1, self.channels)).astype(x.dtype)
         taps = zip(_shifts(x[: self.channels]), kernel, strict=True)
         convolved = sum(shift * weight[0][:, None, None] for shift, weight in taps)
         return jnp.concatenate([convolved, x[self.channels :]])
@@ -131,7 +136,7 @@ class EfficientChannelAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         """`[C, B, L]` → the same shape."""
-        kernel = self.param("kernel", uniform(3), (3, 1, 1))
+        kernel = self.param("kernel", uniform(3), (3, 1, 1)).astype(x.dtype)
         taps = zip(_shifts(x.mean(2).T), kernel[:, 0, 0], strict=True)
         gate = nn.sigmoid(sum(shift * weight for shift, weight in taps))
         return x * gate.T[..., None]
@@ -165,8 +170,9 @@ class Block(nn.Module):
     def __call__(self, x, bias=None, start=None, inside=None):
         """`[C, B, L]` → the same shape; bias, start and inside as for `attend`."""
         channels, _, length = x.shape
-        placed = x * np.float32(channels**0.5) + sinusoid(length, channels)[:, None]
-        x += Attention(name="attention")(LayerNorm(name="attention_norm")(placed), bias, start, inside)
+        placed = x * np.float32(channels**0.5) + sinusoid(length, channels)[:, None]  # float32
+        attended = LayerNorm(name="attention_norm")(placed).astype(x.dtype)
+        x += Attention(name="attention")(attended, bias, start, inside)
         feed_forward = FeedForward(self.local_enhancement, self.efficient_channel_attention, name="feed_forward")
         return x + feed_forward(LayerNorm(name="feed_forward_norm")(x))
 
@@ -205,9 +211,11 @@ class RALENet(nn.Module):
         local_enhancement: convolution in the feed-forward network: "partial" (one channel), "depthwise" or "none".
         efficient_channel_attention: whether a channel attention ends every feed-forward network.
         r_wave_attention: whether the logits around the R wave get a learned bias.
+        dtype: what products and activations are computed in, see `inputs.DTYPES`.
     """
 
     CHOICES = {
+        "dtype": DTYPES,
         "local_enhancement": ("partial", "depthwise", "none"),
         "efficient_channel_attention": (True, False),
         "r_wave_attention": (True, False),
@@ -217,6 +225,7 @@ class RALENet(nn.Module):
     local_enhancement: str = "partial"
     efficient_channel_attention: bool = False
     r_wave_attention: bool = True
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, r_peak=None, train=False, r_mask=None):
@@ -248,7 +257,7 @@ class RALENet(nn.Module):
                 y = block(y, *window)
             return y
 
-        stem = nn.leaky_relu(Conv(STEM_WIDTH, 3, padding=1, name="stem")(x.transpose(2, 0, 1)), 0.2)
+        stem = nn.leaky_relu(Conv(STEM_WIDTH, 3, padding=1, name="stem")(x.transpose(2, 0, 1).astype(self.dtype)), 0.2)
         y = stem = BatchNorm(self.axis_name, channel_axis=0, name="stem_norm")(stem, train)
         skips = []
         for level in range(bottom):
@@ -260,7 +269,8 @@ class RALENet(nn.Module):
             y = PatchSeparation(name=f"separate{level}")(y) + skips[level - 1]
             y = two_blocks(f"decoder{level}", y, windows[level])
         y = PatchSeparation(name="separate0")(y)
-        return Conv(x.shape[2], 3, padding=1, name="head")(y + stem).transpose(1, 2, 0)
+        y = (y + stem).astype(jnp.float32)
+        return Conv(x.shape[2], 3, padding=1, name="head")(y).transpose(1, 2, 0)
 
     def _r_wave_windows(self, level, length, r_peak, r_mask):
         """The bias of a level, and where it counts: what `attend` takes after the value."""

@@ -4,10 +4,11 @@ Windows are `[B, L, C]` outside; features are `[C, B, L]` inside.
 """
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from ralenet_jax.models.batch_norm import BatchNorm
 from ralenet_jax.models.convolution import Conv, ConvTranspose
-from ralenet_jax.models.inputs import check_windows
+from ralenet_jax.models.inputs import DTYPES, check_windows
 
 CHANNELS = (4, 8, 16, 32)  # of the encoder's levels
 
@@ -17,9 +18,13 @@ class UNet(nn.Module):
 
     Attributes:
         axis_name: pmapped axis over which BatchNorm takes its statistics, None for one device.
+        dtype: what products and activations are computed in, see `inputs.DTYPES`.
     """
 
+    CHOICES = {"dtype": DTYPES}
+
     axis_name: str | None = None
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, r_peak=None, train=False, r_mask=None):
@@ -41,7 +46,7 @@ class UNet(nn.Module):
         def norm(name, y):
             return BatchNorm(self.axis_name, channel_axis=0, name=name)(y, train)
 
-        y = x.transpose(2, 0, 1)
+        y = x.transpose(2, 0, 1).astype(self.dtype)
         skips = []
         for level, channels in enumerate(CHANNELS):
             y = Conv(channels, 3, stride=2, padding=1, name=f"encoder{level}")(y)
@@ -56,4 +61,4 @@ class UNet(nn.Module):
             y = norm(f"decoder{level}_norm", y)
             if level:
                 y = nn.leaky_relu(y) + skips.pop()
-        return y.transpose(1, 2, 0)
+        return y.transpose(1, 2, 0).astype(jnp.float32)
