@@ -29,8 +29,10 @@ _waits = itertools.count()
 def connect(config: ConfigDict) -> None:
     """Joins the processes that `distributed.*` or the cluster's environment names, before JAX is first used.
 
+    If not all come in time, JAX ends this process (SIGABRT, with words of its own).
+
     Raises:
-        UserError: if they are named in part, no cluster is found, or not all processes come in time.
+        UserError: if they are named in part or wrongly, or no cluster is found.
     """
     coordinator, count = config.distributed.coordinator, config.distributed.num_processes
     named, number, auto = (coordinator, count), config.distributed.process_id, config.distributed.auto
@@ -46,6 +48,8 @@ def connect(config: ConfigDict) -> None:
         raise UserError(
             f"distributed.timeout_s is {timeout} and start_timeout_s {start_timeout}; expected 1 or more seconds"
         )
+    asked = "distributed.auto=True" if auto else f"process {number} of {count}, process 0 at {coordinator}"
+    print(f"{asked}: waiting for all processes, {start_timeout} s at most", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             *named,
@@ -56,7 +60,6 @@ def connect(config: ConfigDict) -> None:
             shutdown_timeout_seconds=timeout,
         )
     except (ValueError, RuntimeError) as error:
-        asked = "distributed.auto=True" if auto else f"process {number} of {count}, process 0 at {coordinator}"
         reason = str(error).splitlines()[0]
         raise UserError(f"{asked}: the processes did not come together ({reason}); see docs/pods.md") from error
     # JAX has taken SIGTERM for a protocol of its own, which would leave a process that is still starting alive.
@@ -119,7 +122,8 @@ def require_same(text: str, message: str) -> None:
 def bound_together() -> Iterator[None]:
     """Ends this process, in one line, when a computation over several of them fails: another one is gone.
 
-    At once: whatever else is open (a checkpoint being written, the orderly goodbye) would wait for the lost one.
+    At once: whatever else is open (a checkpoint being written, the orderly goodbye) would wait for the lost one. Where
+    a computation does not notice, JAX does, by its heartbeat, and ends the process itself.
     """
     try:
         yield
