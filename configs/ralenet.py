@@ -86,7 +86,20 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.kinds = ""
     config.eval.snr_db = ()
 
-    # Devices to train on; 0: all (on a CPU: one host device for each core).
+    # Devices to train on, over all processes; 0: all (on a CPU: one host device for each core).
     config.num_devices = 0
+
+    # Training over several processes (docs/pods.md); as it stands here, one process.
+    config.distributed = ml_collections.ConfigDict()
+    # True: the cluster's environment (TPU pod, SLURM, Kubernetes, Open MPI) tells what the next three would.
+    config.distributed.auto = False
+    # "HOST:PORT" of process 0, the number of processes, and which of them this one is, from 0.
+    config.distributed.coordinator = config_dict.placeholder(str)
+    config.distributed.num_processes = config_dict.placeholder(int)
+    config.distributed.process_id = config_dict.placeholder(int)
+    # Seconds after which a process that gives no sign of life counts as dead, and the others stop.
+    config.distributed.timeout_s = 100
+    # Seconds to wait at the start until all processes are there, and have read and compiled.
+    config.distributed.start_timeout_s = 300
 
     return config.lock()

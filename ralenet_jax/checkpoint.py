@@ -3,14 +3,20 @@
 Kept are the newest checkpoint (to resume from) and the best by validation SNR (to use). All that knows Orbax is here.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -25,6 +31,7 @@ _MAY_CHANGE = (
     "data.dir",
     "model.base",
     "num_devices",
+    "distributed.",
     "train.epochs",
     "train.eval_every",
     "train.checkpoint_every",
@@ -58,7 +65,7 @@ def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 def read_config(workdir: str | Path) -> ConfigDict:
     """The locked configuration of the run in `workdir`; raises `UserError` where there is none."""
-    path = Path(workdir) / "config.json"
+    path = _config_path(workdir)
     try:
         return ConfigDict(dict(json.loads(path.read_text()))).lock()
     except (FileNotFoundError, NotADirectoryError):
@@ -107,14 +114,40 @@ def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str,
     return [(key, theirs.get(key), mine.get(key)) for key in keys if theirs.get(key) != mine.get(key)]
 
 
+@contextlib.contextmanager
+def locked(workdir: str | Path) -> Iterator[None]:
+    """Keeps other runs out of `workdir`; the system takes the lock back however this process ends.
+
+    Raises:
+        UserError: if another run is in there.
+    """
+    path = Path(workdir) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --workdir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is under way in {workdir}; wait for its end or stop it, or choose another --workdir"
+            ) from None
+        except OSError as error:
+            print(f"no locks in {workdir} ({error.strerror}): take care that only one run is there", file=sys.stderr)
+        yield
+
+
 def claim(workdir: str | Path, config: ConfigDict) -> None:
     """Makes `workdir` this run's, or checks that the run there has the same configuration.
 
     Raises:
         UserError: if another configuration was started there, naming the first difference.
     """
-    path = Path(workdir) / "config.json"
+    path = _config_path(workdir)
     mine = json.loads(config.to_json())
+    del mine["distributed"]  # of this start alone
     if path.exists():
         for key, found, given in differences(json.loads(read_config(workdir).to_json()), mine):
             raise UserError(
@@ -127,8 +160,25 @@ def claim(workdir: str | Path, config: ConfigDict) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --workdir") from error
 
 
+def is_claimed(workdir: str | Path) -> bool:
+    """Whether `workdir` is a run's."""
+    return _config_path(workdir).exists()
+
+
+def _config_path(workdir: str | Path) -> Path:
+    return Path(workdir) / "config.json"
+
+
 def _directory(workdir: str | Path) -> Path:
     return Path(workdir).absolute() / "checkpoints"
+
+
+def _over_processes(array: jax.Array) -> jax.Array:
+    """What every process has whole, as the one array that Orbax has all of them save: on the first device of each."""
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([first[number] for number in sorted(first)]), ("processes",))
+    own = jax.device_put(array.addressable_data(0), first[jax.process_index()])
+    return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(mesh, PartitionSpec()), [own])
 
 
 def _score(metrics: dict[str, float]) -> float:
@@ -161,7 +211,10 @@ class Checkpointer:
     def save(self, state: Any, snr_db: float | None) -> None:
         """Saves the state under its step, with the validation SNR in dB if it was measured there."""
         metrics = None if snr_db is None else {_METRIC: snr_db}
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics)
+        step = int(state.step)
+        if jax.process_count() > 1:
+            state = jax.tree.map(_over_processes, state)
+        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
 
     def wait(self) -> None:
         """Waits until what was saved is on disk."""

@@ -20,23 +20,29 @@ _HEART_COLUMNS = ("qrs_amplitude_error", "st_level_error")
 
 
 def choose_devices(config: ConfigDict, *batch_sizes: int) -> list[jax.Device]:
-    """The devices to run on.
+    """The devices to run on; over several processes as many of each, process after process.
 
     Raises:
         UserError: if there are fewer than asked for, or a batch is empty or cannot be split evenly over them.
     """
-    there = jax.devices()
-    if not 0 <= config.num_devices <= len(there):
-        raise UserError(f"num_devices is {config.num_devices}; expected 0 (all) to {len(there)}, the devices here")
+    processes = jax.process_count()
+    own = [[device for device in jax.devices() if device.process_index == number] for number in range(processes)]
+    there = processes * min(map(len, own))
+    if not 0 <= config.num_devices <= there:
+        raise UserError(f"num_devices is {config.num_devices}; expected 0 (all) to {there}, the devices here")
     if config.eval.batch_size < 1:
         raise UserError(f"eval.batch_size is {config.eval.batch_size}; expected 1 or more")
     # All that share the batches evenly: a machine of 6 or 12 cores trains batches of 32 too.
-    even = [n for n in range(1, len(there) + 1) if not any(size % n for size in batch_sizes)]
-    wanted = config.num_devices or even[-1]
+    numbers = range(processes, there + 1, processes)
+    even = [number for number in numbers if not any(size % number for size in batch_sizes)]
+    wanted = config.num_devices or (even[-1] if even else processes)
     if wanted not in even:
         sizes = " and ".join(map(str, batch_sizes))
-        raise UserError(f"a batch of {sizes} windows does not divide by {wanted} devices; change it or num_devices")
-    return there[:wanted]
+        over = f" over {processes} processes" if processes > 1 else ""
+        raise UserError(
+            f"a batch of {sizes} windows does not divide by {wanted} devices{over}; change it or num_devices"
+        )
+    return [device for devices in own for device in devices[: wanted // processes]]
 
 
 def noise_source(config: ConfigDict, recordings: np.ndarray, split: str, kinds: str, low: float, high: float | None):

@@ -216,6 +216,11 @@ def batch_indices(seed: int, step: int, count: int, num_windows: int, batch_size
     return np.concatenate(rows)
 
 
+def host_share(indices: np.ndarray, host: int, hosts: int) -> np.ndarray:
+    """What one of several hosts reads of batches `[…, B]`: its part of each, `[…, B/hosts]`, in the devices' order."""
+    return indices.reshape(*indices.shape[:-1], hosts, -1)[..., host, :]
+
+
 def _by_device(array: np.ndarray, axis: int, devices: int) -> np.ndarray:
     """Splits an axis over devices and puts the devices first."""
     shape = array.shape
@@ -235,11 +240,16 @@ def train_block(windows, indices: np.ndarray, devices: int, seed: int = 0, epoch
     }
 
 
-def eval_batches(windows, batch_size: int, devices: int) -> Iterator[dict[str, np.ndarray]]:
-    """All windows once, in order; the last batch is padded, "mask" is 0 there. Arrays are `[devices, B/devices, …]`."""
+def eval_batches(
+    windows, batch_size: int, devices: int, host: int = 0, hosts: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """All windows once, in order; the last batch is padded, "mask" is 0 there. Arrays are `[devices, B/devices, …]`.
+
+    Over several hosts, `devices` are those of all, and each gets the arrays of its own.
+    """
     batch_size = math.ceil(min(batch_size, len(windows)) / devices) * devices
     for start in range(0, len(windows), batch_size):
-        index = np.arange(start, start + batch_size)
+        index = host_share(np.arange(start, start + batch_size), host, hosts)
         mask = (index < len(windows)).astype(np.float32)
         batch = windows.batch(np.minimum(index, len(windows) - 1)) | {"mask": mask}
-        yield {name: _by_device(array, 0, devices) for name, array in batch.items()}
+        yield {name: _by_device(array, 0, devices // hosts) for name, array in batch.items()}

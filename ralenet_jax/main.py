@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ralenet_jax import checkpoint, evaluate, startup, train
+from ralenet_jax import checkpoint, evaluate, hosts, startup, train
 from ralenet_jax.errors import UserError
 from ralenet_jax.train import Interrupted, NonFiniteLoss
 
@@ -142,7 +142,9 @@ def _run(argv: list[str]) -> None:
     arguments, overrides = _arguments(argv)
     startup.start_jax()
     if arguments.mode == "train":
-        train.train(load_config(arguments.config, overrides), arguments.workdir)
+        config = load_config(arguments.config, overrides)
+        hosts.connect(config)
+        train.train(config, arguments.workdir)
     elif arguments.weights:
         from ralenet_jax import export  # what it imports is not for a quick start
 
@@ -156,7 +158,10 @@ def _run(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0, 2 for bad input, 1 for a failed training, 130 or 143 interrupted."""
+    """Runs the command; returns the exit code.
+
+    0, 2 for bad input, 1 for a failed training, 130 or 143 interrupted; 3 (`hosts.LOST`) if other processes are gone.
+    """
     try:
         _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:

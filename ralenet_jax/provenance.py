@@ -43,10 +43,11 @@ def _version(package: str) -> str | None:
 def describe(config: ConfigDict, num_devices: int) -> dict[str, Any]:
     """What made a result: configuration, revision, versions, devices, and the checksums of the data.
 
-    The data is told by its digest; the folder it lies in is the user's own affair, as is that of a base.
+    The data is told by its digest; the folder it lies in is the user's own affair, as are that of a base and
+    the cluster.
     """
     settings = json.loads(config.to_json())
-    del settings["data"]["dir"], settings["model"]["base"]
+    del settings["data"]["dir"], settings["model"]["base"], settings["distributed"]
     data = {}
     for name in (config.data.database, "nstdb"):
         builder = input_pipeline.open_shards(config.data.dir, name)

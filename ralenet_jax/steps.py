@@ -1,7 +1,8 @@
 """The training and the evaluation step: pure functions, and the one place where they meet the devices.
 
 State carries no device axis: it goes in replicated (`in_axes=None`) and, since gradients and metrics are averaged over
-the devices, comes out equal on all (`out_axes=None`). Batches carry the devices as their first axis.
+the devices, comes out equal on all (`out_axes=None`). Batches carry the devices as their first axis; over several
+processes each one's arrays are of its own devices.
 """
 
 import dataclasses
@@ -165,8 +166,9 @@ def build_denoiser(model, devices: Sequence[jax.Device]) -> Callable:
 
 
 def replicated(devices: Sequence[jax.Device]) -> NamedSharding:
-    """The placement of what is whole on every device."""
-    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
+    """The placement of what is whole on every device; over several processes on this one's, as `pmap` has it."""
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    return NamedSharding(Mesh(np.array(own), (AXIS,)), PartitionSpec())
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:

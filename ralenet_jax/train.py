@@ -1,9 +1,12 @@
 """The training loop: blocks of steps, validation, checkpoints, until the last epoch or an interruption."""
 
+import contextlib
+import json
 import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ralenet_jax import base_model, checkpoint, evaluate, input_pipeline, optim, provenance, steps
+from ralenet_jax import base_model, checkpoint, evaluate, hosts, input_pipeline, optim, provenance, steps
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
-from ralenet_jax.writer import Writer
+from ralenet_jax.writer import Silent, Writer
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -56,10 +59,11 @@ class _Stop:
 
 
 class _Progress:
-    """A bar on a terminal, a plain line now and then elsewhere."""
+    """A bar on a terminal, a plain line now and then elsewhere; of several processes only the first one speaks."""
 
     def __init__(self, step: int, total: int, epoch_steps: int, batch_size: int):
-        self._bar = tqdm(initial=step, total=total, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        silent = not (sys.stderr.isatty() and hosts.is_first())
+        self._bar = tqdm(initial=step, total=total, unit="step", disable=silent, dynamic_ncols=True)
         self._total, self._epoch_steps, self._batch_size = total, epoch_steps, batch_size
         self._since, self._from = time.monotonic(), step
         self._told = False
@@ -71,6 +75,8 @@ class _Progress:
         self._bar.close()
 
     def line(self, text: str) -> None:
+        if not hosts.is_first():
+            return
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -109,6 +115,8 @@ class _Run:
         self.config = config
         self.batch_size = config.train.batch_size
         self.devices = evaluate.choose_devices(config, self.batch_size)
+        self.patience = config.distributed.start_timeout_s
+        self.host, self.hosts = jax.process_index(), jax.process_count()
         self.train_windows = input_pipeline.read_split(config, "train")
         self.validation_windows = input_pipeline.read_split(config, "validation")
         self.epoch_steps = input_pipeline.steps_per_epoch(config, len(self.train_windows))
@@ -143,22 +151,39 @@ class _Run:
 
         The first block of all is one step, so that after the compilation something is soon seen.
         """
-        limit = self.block_steps if step else 1
-        count = min(limit, self.epoch_steps - step % self.epoch_steps)
-        indices = input_pipeline.batch_indices(self.config.seed, step, count, len(self.train_windows), self.batch_size)
-        # A shorter block is filled up, so that one compiled program serves all; what fills it is not trained on.
-        indices = np.pad(indices, ((0, self.block_steps - count), (0, 0)))
-        epoch = step // self.epoch_steps
-        block = input_pipeline.train_block(self.train_windows, indices, len(self.devices), self.config.seed, epoch)
-        self.state, scalars = self._block(self.state, block, np.int32(count), self.train_noise, self.key)
+        count, arguments = self._train_arguments(step)
+        self.state, scalars = self._block(*arguments)
         # Fetched before the next dispatch: an unbounded queue over several CPU devices can abort in a collective.
         return {name: values[:count] for name, values in jax.device_get(scalars).items()}
 
+    def _train_arguments(self, step: int) -> tuple[int, tuple]:
+        limit = self.block_steps if step else 1
+        count = min(limit, self.epoch_steps - step % self.epoch_steps)
+        indices = input_pipeline.batch_indices(self.config.seed, step, count, len(self.train_windows), self.batch_size)
+        indices = input_pipeline.host_share(indices, self.host, self.hosts)
+        # A shorter block is filled up, so that one compiled program serves all; what fills it is not trained on.
+        indices = np.pad(indices, ((0, self.block_steps - count), (0, 0)))
+        epoch = step // self.epoch_steps
+        own = len(self.devices) // self.hosts
+        block = input_pipeline.train_block(self.train_windows, indices, own, self.config.seed, epoch)
+        return count, (self.state, block, np.int32(count), self.train_noise, self.key)
+
     def validate(self) -> dict[str, float]:
         """Measures on the validation windows."""
-        batches = input_pipeline.eval_batches(self.validation_windows, self.config.eval.batch_size, len(self.devices))
-        measured = evaluate.evaluate_windows(self._eval_step, self.state.variables, batches, self.validation_noise)
-        return measured["denoised"]
+        batches, source = self._validation_batches(), self.validation_noise
+        return evaluate.evaluate_windows(self._eval_step, self.state.variables, batches, source)["denoised"]
+
+    def _validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        size, where = self.config.eval.batch_size, (len(self.devices), self.host, self.hosts)
+        return input_pipeline.eval_batches(self.validation_windows, size, *where)
+
+    def compile_together(self, step: int) -> None:
+        """Over several processes, compiles before the first computation: some find their programs ready, others not."""
+        if self.hosts > 1:
+            self._block.lower(*self._train_arguments(step)[1]).compile()
+            batch = next(self._validation_batches())
+            self._eval_step.lower(self.state.variables, batch, self.validation_noise).compile()
+            hosts.wait(self.patience)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -167,29 +192,53 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     Writes config.json, starts.json (what it was started and resumed with), metrics.jsonl, TensorBoard events and Orbax
     checkpoints there.
 
+    Over several processes (`hosts.connect`) all call it with the same configuration and one work directory.
+
     Returns:
         {"step": last step, "validation": its measures, or None if the run was finished before}.
 
     Raises:
-        UserError: for a configuration or data that cannot be trained, or a work directory of another run.
+        UserError: for a configuration or data that cannot be trained, or a work directory of another run or in use.
         NonFiniteLoss: with the step and the last good checkpoint.
         Interrupted: after SIGINT or SIGTERM, the state being saved.
     """
     _check(config)
-    run = _Run(config)
-    if not checkpoint.is_saved(workdir):
-        run.take_base()
-    checkpoint.claim(workdir, config)
-    with checkpoint.Checkpointer(workdir) as saved, _Stop() as stop:
+    run = hosts.together(lambda: _Run(config), config.distributed.start_timeout_s)
+    with _claimed(run, workdir), checkpoint.Checkpointer(workdir) as saved, _Stop() as stop:
         step = saved.latest_step or 0
+        hosts.require_same(str(step), f"it sees other checkpoints in {workdir}; all need one that they share")
         if step:
             run.state = saved.restore(run.state)
-        if step < run.total_steps:
+        if step < run.total_steps and hosts.is_first():
             _note_start(run, workdir, step)
         bar = _Progress(step, run.total_steps, run.epoch_steps, run.batch_size)
-        with Writer(workdir, step) as writer, bar as progress:
+        writing = Writer(workdir, step) if hosts.is_first() else Silent()
+        with writing as writer, bar as progress, hosts.bound_together():
             progress.line(_greeting(run, workdir, step))
+            if step < run.total_steps:
+                run.compile_together(step)
             return _loop(run, saved, stop, writer, progress, step)
+
+
+@contextlib.contextmanager
+def _claimed(run: _Run, workdir: str | Path) -> Iterator[None]:
+    """Makes `workdir` this run's and keeps others out of it: the first process does, the others see that it did."""
+    if run.hosts > 1:
+        made_of = provenance.describe(run.config, len(run.devices))
+        same = json.dumps([made_of["config"], made_of["data"]])
+        hosts.require_same(same, "it has another configuration or other data; give the same to all")
+    with contextlib.ExitStack() as stack:
+        hosts.together(lambda: hosts.is_first() and stack.enter_context(checkpoint.locked(workdir)), run.patience)
+        if not checkpoint.is_saved(workdir):
+            run.take_base()
+        hosts.together(lambda: hosts.is_first() and checkpoint.claim(workdir, run.config), run.patience)
+        hosts.together(lambda: _check_shared(workdir), run.patience)
+        yield
+
+
+def _check_shared(workdir: str | Path) -> None:
+    if not checkpoint.is_claimed(workdir):
+        raise UserError(f"{workdir} is not the folder that process 0 writes to; give all one --workdir that they share")
 
 
 def _note_start(run: _Run, workdir: str | Path, step: int) -> None:
@@ -230,11 +279,12 @@ def _loop(run: _Run, saved, stop: _Stop, writer: Writer, progress: _Progress, st
         if rate is not None:
             writer.write(step, "train", {"loss": loss, "snr_db": snr_db, "windows_per_s": rate})
         validation = _end_of_epoch(run, saved, writer, progress, step) or validation
-        if stop.signal is not None:
+        # Asked after every dispatch, so that all processes stop at the same step.
+        if told := int(hosts.gather(stop.signal or 0).max()):
             if saved.latest_step != step:
                 _save(run, saved, step, None)
             saved.wait()
-            raise Interrupted(stop.signal, f"stopped at step {step}, saved; the same command goes on from there")
+            raise Interrupted(told, f"stopped at step {step}, saved; the same command goes on from there")
     saved.wait()
     progress.line(f"trained: step {step}, checkpoints in {saved.directory}")
     return {"step": step, "validation": validation}

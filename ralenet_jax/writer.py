@@ -19,6 +19,19 @@ def read_history(workdir: str | Path) -> list[dict[str, Any]]:
     return history
 
 
+class Silent:
+    """Stands in for a `Writer` on the processes that leave writing to the first."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def write(self, step: int, part: str, scalars: dict[str, float]) -> None:
+        """Writes nothing."""
+
+
 class Writer:
     """Writes the scalars of the run in `workdir`, going on after `step`: later lines of a killed run are dropped."""
 

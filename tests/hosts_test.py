@@ -1,0 +1,239 @@
+"""Several processes on the loopback, with gloo between them: real runs of the command, and what stands around them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ralenet_jax import benchmark_parts, checkpoint, evaluate, hosts, input_pipeline
+from ralenet_jax.errors import UserError
+from ralenet_jax.main import load_config, saved_config
+from ralenet_jax.writer import read_history
+
+_ROOT = Path(__file__).resolve().parents[1]
+_BOUND = 120  # seconds in which a process notices that another one is gone
+# Eight steps an epoch, in dispatches of two. The U-Net compiles fast and has BatchNorm, which is over all devices.
+# Plain gradients: Adam makes much of rounding.
+_SMALL = [
+    "model.name=unet",
+    "optim.name=sgd",
+    "noise.fresh=True",
+    "data.num_windows=80",
+    "data.num_train=64",
+    "train.batch_size=8",
+    "train.steps_per_dispatch=2",
+    "train.epochs=12",
+]
+
+
+class _Run:
+    """The command in some processes with some CPU devices each; `err` and `out` read what one of them said."""
+
+    def __init__(self, folder, data_dir, workdir, processes, devices, *overrides, slurm=False):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._folder, self.processes = folder, []
+        folder.mkdir()
+        base = [sys.executable, "-m", "ralenet_jax.main", f"--workdir={workdir}", f"--data-dir={data_dir}"]
+        for number in range(processes):
+            environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "NPROC": "2"}
+            settings = [*_SMALL, *overrides]
+            if slurm:
+                environment |= {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(processes)}
+                environment |= {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+                environment["JAX_COORDINATOR_PORT"] = str(port)
+                settings.append("distributed.auto=True")
+            elif processes > 1:
+                where = {"coordinator": f"127.0.0.1:{port}", "num_processes": processes, "process_id": number}
+                settings += [f"distributed.{key}={value}" for key, value in where.items()]
+            command = [*base, *(f"--config.{text.format(number=number)}" for text in settings)]
+            with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as err:
+                self.processes.append(subprocess.Popen(command, cwd=_ROOT, stdout=out, stderr=err, env=environment))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def out(self, number=0):
+        return (self._folder / f"{number}.out").read_text()
+
+    def err(self, number=0):
+        return (self._folder / f"{number}.err").read_text()
+
+    def wait_for(self, text):
+        while text not in self.out():
+            assert self.processes[0].poll() is None, self.err()
+            time.sleep(0.05)
+
+    def codes(self, timeout=580):
+        return [process.wait(timeout) for process in self.processes]
+
+
+def _final_state(workdir):
+    devices = jax.devices()[:1]
+    return jax.device_get(evaluate.restore_state(saved_config(workdir), workdir, devices, "last")[1])
+
+
+def _assert_same_result(workdir, other):
+    one, two = _final_state(workdir), _final_state(other)
+    assert int(one.step) == int(two.step) == 96
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def _validations(workdir):
+    lines = [line for line in read_history(workdir) if "validation/snr_db" in line]
+    return [line["step"] for line in lines], [line["validation/snr_db"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def one_by_four(data_dir, tmp_path_factory):
+    """The run in one process with four devices: its work directory."""
+    folder = tmp_path_factory.mktemp("one")
+    with _Run(folder / "said", data_dir, folder / "run", 1, 4) as run:
+        assert run.codes() == [0], run.err()
+    return folder / "run"
+
+
+def test_two_processes_train_as_one_does_and_the_first_alone_writes(data_dir, one_by_four, tmp_path):
+    with _Run(tmp_path / "said", data_dir, tmp_path / "run", 2, 2) as run:
+        assert run.codes() == [0, 0], run.err(0) + run.err(1)
+        assert "4 cpu device(s)" in run.out(0) and "trained: step 96" in run.out(0)
+        assert not [line for line in run.out(1).splitlines() if not line.startswith("[Gloo]")]
+    _assert_same_result(one_by_four, tmp_path / "run")
+    (steps, snr), (steps_of_one, snr_of_one) = _validations(tmp_path / "run"), _validations(one_by_four)
+    assert steps == steps_of_one == [8 * epoch for epoch in range(1, 13)]
+    np.testing.assert_allclose(snr, snr_of_one, atol=1e-4)
+    assert [start["device"]["count"] for start in checkpoint.read_starts(tmp_path / "run")] == [4]
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    assert "127.0.0.1" not in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_told_to_stop_then_killed_it_goes_on_in_any_number_of_processes(data_dir, one_by_four, tmp_path):
+    workdir = tmp_path / "run"
+    with _Run(tmp_path / "a", data_dir, workdir, 2, 2) as run:
+        run.wait_for("epoch 1:")
+        # Meanwhile nobody else gets in.
+        with pytest.raises(UserError, match="another run is under way"), checkpoint.locked(workdir):
+            pass
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.codes() == [143, 143], run.err(0) + run.err(1)
+        assert all("saved; the same command goes on" in run.err(number) for number in (0, 1))
+    stopped = _final_state(workdir).step
+    assert 8 <= stopped < 96
+    # In a cluster that tells who is who; there a process dies without a word.
+    with _Run(tmp_path / "b", data_dir, workdir, 2, 2, slurm=True) as run:
+        run.wait_for(f"step {stopped + 2}/")
+        killed = time.monotonic()
+        run.processes[1].kill()
+        assert run.processes[0].wait(_BOUND) == hosts.LOST, run.err()
+        assert time.monotonic() - killed < _BOUND
+        last = run.err().splitlines()[-1]
+        assert last.startswith("ralenet: stopped: process 0 of 2 lost the others") and "Traceback" not in run.err()
+    with _Run(tmp_path / "c", data_dir, workdir, 1, 4) as run:
+        assert run.codes() == [0], run.err()
+        assert "resuming at step" in run.out()
+    _assert_same_result(one_by_four, workdir)
+    assert _validations(workdir)[0] == [8 * epoch for epoch in range(1, 13)]
+
+
+def test_what_is_refused_on_one_process_is_refused_on_all(data_dir, tmp_path):
+    with _Run(tmp_path / "said", data_dir, tmp_path / "run", 2, 1, "seed={number}") as run:
+        assert run.codes() == [2, 2]
+        for number in (0, 1):
+            assert "error: process 1 of 2 differs from process 0: it has another configuration" in run.err(number)
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_in_use_is_refused_on_all_processes(data_dir, tmp_path):
+    workdir = tmp_path / "run"
+    with checkpoint.locked(workdir), _Run(tmp_path / "said", data_dir, workdir, 2, 1) as run:
+        assert run.codes() == [2, 2]
+        assert f"error: another run is under way in {workdir}; wait for its end" in run.err(0)
+        assert "error: process 0 of 2 was refused; its own message tells why" in run.err(1)
+    assert not (workdir / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_process_that_freezes_ends_the_others_by_the_heartbeat(data_dir, tmp_path):
+    with _Run(
+        tmp_path / "said", data_dir, tmp_path / "run", 2, 2, "distributed.timeout_s=20", "train.epochs=500"
+    ) as run:
+        run.wait_for("epoch 1:")
+        run.processes[1].send_signal(signal.SIGSTOP)
+        # JAX ends it, or gloo gives up first.
+        assert run.processes[0].wait(_BOUND) in (hosts.LOST, -signal.SIGABRT)
+
+
+def test_lock_is_free_again_however_its_owner_ended(tmp_path):
+    code = f"""
+import time
+from ralenet_jax import checkpoint
+with checkpoint.locked({str(tmp_path)!r}):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=_ROOT, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"under way in {tmp_path}; wait"), checkpoint.locked(tmp_path):
+            pass
+        owner.kill()
+        owner.wait()
+        with checkpoint.locked(tmp_path):
+            pass
+
+
+def test_shares_of_the_hosts_are_the_batch():
+    windows, indices = benchmark_parts.made_up_windows(10, 4), np.array([[3, 1, 0, 2], [2, 0, 1, 3]])
+    whole = input_pipeline.train_block(windows, indices, 4)
+    parts = [input_pipeline.train_block(windows, input_pipeline.host_share(indices, n, 2), 2) for n in (0, 1)]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+    batches = zip(*(input_pipeline.eval_batches(windows, 4, 4, n, 2) for n in (0, 1)), strict=True)
+    for whole, parts in zip(input_pipeline.eval_batches(windows, 4, 4), batches, strict=True):
+        for name, array in whole.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+
+
+def test_processes_that_cannot_find_each_other_are_refused():
+    named = ["distributed.coordinator=h:1", "distributed.num_processes=2", "distributed.process_id=2"]
+    cases = {
+        ("distributed.process_id=0",): "coordinator is None, num_processes None and process_id 0; give all three",
+        ("distributed.auto=True", "distributed.timeout_s=0"): "timeout_s is 0",
+        ("distributed.auto=True",): "distributed.auto=True: the processes did not come together",
+        tuple(named): "process 2 of 2, process 0 at h:1: the processes did not come together",
+    }
+    # In a process of its own: JAX may be told of others only before its first use.
+    code = f"""
+from ralenet_jax import errors, hosts, main
+for given in {list(cases)}:
+    try:
+        hosts.connect(main.load_config("ralenet", given))
+    except errors.UserError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(cases), done.stderr
+    assert all(said in line for said, line in zip(cases.values(), lines, strict=True))
+
+
+def test_one_process_needs_nobody():
+    hosts.connect(load_config("ralenet"))
+    hosts.wait(1)
+    hosts.require_same("text", "never raised")
+    assert hosts.is_first() and hosts.gather(7).tolist() == [7]
+    assert hosts.together(lambda: json.dumps(1), 1) == "1"
