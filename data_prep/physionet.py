@@ -20,6 +20,8 @@ import requests
 import tqdm
 import wfdb
 
+from ralenet_jax import readers_annotations, readers_wfdb
+
 BASE_URL = "https://physionet.org/files/"
 CHECKSUMS = "SHA256SUMS.txt"
 RECORDS = "RECORDS"
@@ -197,6 +199,7 @@ def read_record(copy: Copy, name: str, physical: bool = False) -> wfdb.Record:
     path = str((copy.folder / name).absolute())
     expected = (copy.database.sampling_rate, copy.database.num_leads, {f"{Path(name).name}.dat"})
     try:
+        readers_wfdb.files(Path(f"{path}.hea"))  # are there, and hold what the header claims
         header = wfdb.rdheader(path)
         found = (header.fs, header.n_sig, set(getattr(header, "file_name", None) or ()))
         if found != expected:
@@ -211,16 +214,16 @@ def read_record(copy: Copy, name: str, physical: bool = False) -> wfdb.Record:
         raise PrepareError(f"record {name} in {copy.folder} cannot be read: {_reason(error)}") from error
 
 
-def read_annotation(copy: Copy, name: str) -> wfdb.Annotation:
+def read_annotation(copy: Copy, name: str) -> readers_annotations.Annotations:
     """Reads the annotations of one record of a verified copy: `sample` int [N] at the record's rate, `symbol` [N].
 
     Raises:
-        PrepareError: wfdb cannot read them.
+        PrepareError: they are damaged.
     """
     annotator = copy.database.endings[-1].removeprefix(".")
     try:
-        return wfdb.rdann(str((copy.folder / name).absolute()), annotator)
-    except Exception as error:  # as above
+        return readers_annotations.read(copy.folder / f"{name}.{annotator}")
+    except (OSError, ValueError) as error:
         raise PrepareError(
             f"annotations {name}.{annotator} in {copy.folder} cannot be read: {_reason(error)}"
         ) from error

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from configs import ralenet as default_config
-from ralenet_jax.errors import UserError
+from ralenet_jax.errors import UserError, reason
 
 STARTS = "starts.json"
 _METRIC = "snr_db"
@@ -81,11 +81,16 @@ def typed_config(settings: Any, source: str | Path) -> ConfigDict:
         UserError: for settings of another version.
     """
     config = default_config.get_config()  # JSON tells neither a tuple nor what may stand in place of None
+    default = flat(config.to_dict())
     try:
         config.update(settings)
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = str(error.args[0]).splitlines()[0].partition(". ")[0]
-        raise UserError(f"the configuration in {source} is not of this version ({reason}); make it anew") from error
+        for key, value in flat(config.to_dict()).items():  # it takes None for anything, and True for a number
+            was = default[key]
+            if was is not None and (value is None or isinstance(value, bool) != isinstance(was, bool)):
+                raise TypeError(f"{key} is {value}")
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        told = reason(ValueError(*error.args[:1])).partition(". ")[0]  # KeyError would add quotes
+        raise UserError(f"the configuration in {source} is not of this version ({told}); make it anew") from error
     return config
 
 
@@ -245,9 +250,8 @@ class Checkpointer:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:
-            reason = str(error).strip().splitlines()
             raise UserError(
                 f"the checkpoint of step {step} in {self.directory} cannot be read "
-                f"({reason[0] if reason else repr(error)}); delete that folder to go on from an older one, "
+                f"({reason(error)}); delete that folder to go on from an older one, "
                 "or start in a new --workdir"
             ) from error

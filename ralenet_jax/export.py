@@ -27,10 +27,11 @@ from ml_collections import ConfigDict
 
 from ralenet_jax import checkpoint, evaluate, input_pipeline, provenance, startup, torch_weights
 from ralenet_jax import state as train_state
-from ralenet_jax.errors import UserError
+from ralenet_jax.errors import UserError, reason
 
 TEXTS = ("config", "window", "provenance")
 _COMPARED = 5  # random windows
+_LONGEST_NAME = 200  # of a weight, as a message tells it
 _LONGEST, _MOST_LEADS = 2**16, 2**10  # of a window that a file may claim: its model has to be built
 
 
@@ -116,8 +117,7 @@ def load(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
         raise UserError(f"{path} has no {error.args[0]!r} text; expected a file that `ralenet export` wrote") from error
     # Each library has errors of its own for each kind of damage.
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{path} is damaged or no {path.suffix[1:]} file ({reason}); export it anew") from error
+        raise UserError(f"{path} is damaged or no {path.suffix[1:]} file ({reason(error)}); export it anew") from error
     config = checkpoint.typed_config(settings, path)
     expected = _expected(config, window, path)
     # Half the size for the weights that come along; they are used as float32 all the same.
@@ -150,7 +150,7 @@ def _check(name: str, array: Any, expected: jax.ShapeDtypeStruct | None, model: 
         if found == wanted and np.isfinite(array).all():
             return
         told = f"is {found}, expected {wanted}" if found != wanted else "is not finite"
-    raise UserError(f"{path} does not hold model {model!r}: {name!r} {told}; export it anew")
+    raise UserError(f"{path} does not hold model {model!r}: {name[:_LONGEST_NAME]!r} {told}; export it anew")
 
 
 def _is_half(array: Any) -> bool:
@@ -225,8 +225,7 @@ def _write_onnx(trained: Trained) -> bytes:
         model = jax2onnx.to_onnx(_function(trained), [("batch", *trained.window)], **names)
     # It fails in many ways where an operation is beyond it.
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"jax2onnx cannot convert model {name!r} ({reason}); take another --format") from error
+        raise UserError(f"jax2onnx cannot convert model {name!r} ({reason(error)}); take another --format") from error
     for key, value in trained.texts().items():
         model.metadata_props.add(key=key, value=value)
     return model.SerializeToString()
@@ -255,8 +254,7 @@ def _reread_weights(path: Path, trained: Trained) -> Callable:
 
 
 def _reread_torch(path: Path, trained: Trained) -> Callable:
-    weights = safetensors.numpy.load_file(path)
-    variables = torch_weights.from_state_dict(trained.config.model.name, weights)
+    variables = torch_weights.read(trained.config.model.name, path)
     return dataclasses.replace(trained, variables=variables).denoise
 
 

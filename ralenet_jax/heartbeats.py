@@ -11,12 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import wfdb
 from scipy import signal
 from wfdb import processing
 from wfdb.io.annotation import is_qrs
 
-from ralenet_jax import noise
+from ralenet_jax import noise, readers, readers_annotations
 from ralenet_jax.errors import UserError
 
 TOLERANCE_S = 0.150  # a detected R peak this near to an annotated one is right (ANSI/AAMI EC57)
@@ -31,20 +30,16 @@ def read_recording(folder: str | Path, name: str) -> tuple[np.ndarray, np.ndarra
     Raises:
         UserError: if it is not there or not readable.
     """
-    path = str(Path(folder) / name)
+    path = Path(folder) / name
     try:
-        record, annotation = wfdb.rdrecord(path), wfdb.rdann(path, "atr")
-    except (OSError, ValueError, IndexError) as error:
+        recording = readers.read(path.with_name(f"{path.name}.hea"))
+        found = readers_annotations.read(path.with_name(f"{path.name}.atr"))
+    except (OSError, ValueError) as error:
         raise UserError(
             f"recording {path} is not readable ({error}); name a folder with .hea, .dat and .atr"
         ) from error
-    beats = [sample for sample, code in zip(annotation.sample, _codes(annotation), strict=True) if is_qrs[code]]
-    return record.p_signal.astype(np.float32), np.array(beats), record.fs
-
-
-def _codes(annotation: wfdb.Annotation) -> np.ndarray:
-    annotation.set_label_elements(["label_store"])
-    return annotation.label_store
+    beats = found.sample[np.isin(found.code, np.flatnonzero(is_qrs))]
+    return recording.signal.astype(np.float32), beats, recording.sampling_rate
 
 
 def add_noise(clean: np.ndarray, recordings: np.ndarray, kind: str, snr_db: float) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,10 @@ import difflib
 import functools
 import importlib.resources
 import operator
+import os
 import runpy
 import sys
+import warnings
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -20,17 +22,24 @@ from ralenet_jax import checkpoint, evaluate, hosts, startup, train
 from ralenet_jax.errors import UserError
 from ralenet_jax.train import Interrupted, NonFiniteLoss
 
+_LONGEST = 80  # characters of what the user typed that a message repeats
+
 
 def _config_file(name: str) -> Path:
     """The file of a configuration given as a path or as the name of one that comes with the package."""
-    packaged = importlib.resources.files("configs") / f"{name}.py"
-    if not Path(name).is_file() and packaged.is_file():
-        return Path(str(packaged))
-    if not Path(name).is_file():
-        files = (path.name for path in importlib.resources.files("configs").iterdir())
-        there = sorted(name.removesuffix(".py") for name in files if name.endswith(".py") and name != "__init__.py")
-        raise UserError(f"no configuration {name!r}; give a file with get_config(), or one of {', '.join(there)}")
-    return Path(name)
+    if os.path.isfile(name):  # unlike Path's, it takes any text
+        return Path(name)
+    files = importlib.resources.files("configs").iterdir()
+    packaged = {path.name.removesuffix(".py"): path for path in files if path.name.endswith(".py")}
+    del packaged["__init__"]
+    if name not in packaged:
+        there = ", ".join(sorted(packaged))
+        raise UserError(f"no configuration {_short(name)}; give a file with get_config(), or one of {there}")
+    return Path(str(packaged[name]))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")
 
 
 def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
@@ -70,8 +79,8 @@ def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
     for text in overrides:
         key, equals, value = text.partition("=")
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
-            raise UserError(f"unknown configuration key {key!r}; the nearest known one is {nearest!r}")
+            nearest = difflib.get_close_matches(key[:_LONGEST], known, 1, 0.0)[0]
+            raise UserError(f"unknown configuration key {_short(key)}; the nearest known one is {nearest!r}")
         if not equals:
             raise UserError(f"configuration key {key!r} has no value; write --config.{key}=VALUE")
         *sections, leaf = key.split(".")
@@ -83,8 +92,8 @@ def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
             if (parsed is None and not _may_be_none(key)) or (isinstance(parsed, bool) and expected is not bool):
                 raise TypeError
             section[leaf] = parsed
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{key}={value!r} is not of the expected type {expected.__name__}") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{key}={_short(value)} is not of the expected type {expected.__name__}") from error
     return config
 
 
@@ -97,8 +106,11 @@ def _parse(value: str):
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what only looks like Python
+            return ast.literal_eval(value)
+    # The last two for what is nested too deeply.
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value
 
 

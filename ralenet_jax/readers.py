@@ -5,6 +5,7 @@ of number, delimiter. Nothing is fetched and nothing in a file is run.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import tempfile
@@ -16,7 +17,7 @@ import numpy as np
 from scipy.io import wavfile
 
 from ralenet_jax import readers_arrays, readers_csv, readers_edf, readers_wfdb
-from ralenet_jax.errors import UserError
+from ralenet_jax.errors import UserError, printable, reason
 from ralenet_jax.readers_recording import SUFFIXES, Recording
 
 _DENOISED = "_denoised"  # in the name of what is written beside a recording
@@ -85,6 +86,8 @@ def read(path: str | Path, sampling_rate: float | None = None) -> Recording:
         if not path.stat().st_size:
             raise UserError(f"{path} is empty; check or export it anew")
         recording = _READERS[SUFFIXES[path.suffix.lower()]](path, sampling_rate)
+        names, units = (tuple(map(printable, texts)) for texts in (recording.names, recording.units))
+        recording = dataclasses.replace(recording, names=names, units=units)
     rate, signal = recording.sampling_rate, recording.signal
     if rate == 0 and recording.format in ("csv", "npy", "npz"):
         raise UserError(f"{path} does not tell its sampling rate; pass --rate with a number of Hz")
@@ -113,8 +116,7 @@ def _user_errors(failed: str, advice: str) -> Iterator[None]:
         raise UserError(f"{failed}: {error.strerror or error}") from error
     # Each library has errors of its own for each kind of damage.
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{failed} ({reason}); {advice}") from error
+        raise UserError(f"{failed} ({reason(error)}); {advice}") from error
 
 
 def choose_leads(recording: Recording, text: str) -> tuple[int, ...]:

@@ -1,9 +1,11 @@
 """Recordings that are little but an array: NPY, NPZ and WAV."""
 
 import dataclasses
+import math
+import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from scipy.io import wavfile
@@ -11,11 +13,26 @@ from scipy.io import wavfile
 from ralenet_jax.errors import UserError
 from ralenet_jax.readers_recording import Recording, find_leads
 
+_MOST_PACKED, _MOST_MEMBERS = 2**24, 2**10  # of an NPZ: bytes beyond 32 times its size; arrays
+
+
+def _read_array(file: BinaryIO, size: int) -> np.ndarray:
+    """Reads one array from a file of so many bytes; refuses a header that tells of more, which NumPy makes room for."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of what its header is as Python
+        shape, _, dtype = read_header(file)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"{dtype} {list(shape)} in {size} bytes")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
 
 def read_npy(path: Path, rate: float | None) -> Recording:
     """Reads one array."""
     with path.open("rb") as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
+        array = _read_array(file, path.stat().st_size)
     return _array_recording(array, rate, path, "npy", array)
 
 
@@ -34,9 +51,15 @@ def convert_npy(recording: Recording, signal: np.ndarray, changed: list[int], pa
 def read_npz(path: Path, rate: float | None) -> Recording:
     """Reads the array named signal, ecg, data or x, or the only one; its rate, names and units where they are."""
     with zipfile.ZipFile(path) as members:
-        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist())
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+        infos = [member for member in members.infolist() if member.filename.endswith(".npy")]
+        size = sum(member.file_size for member in infos)
+        if size > 32 * path.stat().st_size + _MOST_PACKED or len(infos) > _MOST_MEMBERS:
+            raise ValueError(f"{len(infos)} arrays of {size} bytes in {path.stat().st_size}")
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in infos)
+        arrays = {}
+        for member in infos:
+            with members.open(member) as file:
+                arrays[member.filename.removesuffix(".npy")] = _read_array(file, member.file_size)
     sized = [
         name for name, array in arrays.items() if array.dtype.kind in "iuf" and array.ndim in (1, 2) and array.size > 1
     ]

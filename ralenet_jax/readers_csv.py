@@ -1,5 +1,6 @@
 """Recordings in tables of text: CSV, TSV, blanks between the numbers, one number a line, PhysioBank's text."""
 
+import array
 import datetime
 import math
 import re
@@ -17,6 +18,7 @@ _COUNT = re.compile(r"(sample|index)", re.I)
 _GAPS = {"", "nan", "na", "n/a", "null", "none", "-"}
 _NUMBERED = re.compile(r",0(,\d+)*|0,1,2(,\d+)*")  # a header of Pandas: numbers of the columns
 _LONGEST_HEADER = 50  # lines of a table
+_LONGEST_TITLE = 200  # characters of a column's name with its unit; the pattern takes the square of it
 _SLOWEST = 20  # Hz; below it a column of times is in a smaller unit
 _SCALES = {r"s|sec\w*": 1, r"ms|msec|milli\w*": 1e3, r"[uµμ]s|usec|micro\w*": 1e6, r"ns|nano\w*": 1e9}
 
@@ -59,17 +61,19 @@ def _numbers(line: str, delimiter: str | None) -> list[float] | None:
 
 def _layout(lines: list[str]) -> tuple[int, str | None, int]:
     """Lines of the header, delimiter (None: blanks) and columns of a table."""
+    delimiters = [";", "\t", ",", None]  # with which there may be numbers
     for start in range(min(len(lines), _LONGEST_HEADER)):
         if _NUMBERED.fullmatch(lines[start]):
             continue
         found = []
-        for delimiter in (";", "\t", ",", None):
+        for delimiter in delimiters[:]:
             rows = [_numbers(line, delimiter) for line in lines[start : start + 2]]
-            even = len(rows) == 2 and None not in rows and len(rows[0]) == len(rows[1])
-            if even and any(
-                math.isfinite(value) for line in lines[start:] for value in _numbers(line, delimiter) or ()
-            ):
+            if len(rows) < 2 or None in rows or len(rows[0]) != len(rows[1]):
+                continue
+            if any(math.isfinite(value) for line in lines[start:] for value in _numbers(line, delimiter) or ()):
                 found.append((start, delimiter, len(rows[0])))
+            else:
+                delimiters.remove(delimiter)
         if found:
             best = max(found, key=lambda layout: layout[2])
             for line in lines[:start]:
@@ -95,12 +99,13 @@ def read(path: Path, rate: float | None) -> Recording:
     body = text.rstrip("\r\n")
     lines = body.split(newline)
     start, delimiter, width = _layout(lines)
-    values = np.empty((len(lines) - start, width))
+    cells = array.array("d")
     for row, line in enumerate(lines[start:]):
         numbers = _numbers(line, delimiter)
         if numbers is None or len(numbers) != width:
             raise UserError(f"{path}, line {start + row + 1}: {line[:40]!r}; expected {width} numbers; mend that line")
-        values[row] = numbers
+        cells.extend(numbers)
+    values = np.frombuffer(cells).reshape(-1, width)
     names, units = _titles(lines[:start], delimiter, width)
     time = _time_column(values, names)
     if time is not None and rate is None:
@@ -120,7 +125,7 @@ def _titles(header: list[str], delimiter: str | None, width: int) -> tuple[list[
     rows = [[cell.strip(" \"'") for cell in row] for row in rows if len(row) == width]
     names, units = (rows + [[""] * width] * 2)[:2]
     for column, name in enumerate(names):
-        match = re.fullmatch(r"(.+?)\s*[(\[]([^()\[\]]*)[)\]]", name)
+        match = re.fullmatch(r"(.+?)\s*[(\[]([^()\[\]]*)[)\]]", name[:_LONGEST_TITLE])
         if match:
             names[column], units[column] = match.groups()
     return names, units

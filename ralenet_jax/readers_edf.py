@@ -1,7 +1,10 @@
 """Recordings in EDF and EDF+, without interruptions."""
 
 import collections
+import decimal
+import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import edfio
@@ -13,8 +16,9 @@ from ralenet_jax.readers_recording import Recording, find_leads
 
 def read(path: Path, rate: float | None) -> Recording:
     """Reads the signals that share the rate of the ECG leads."""
+    _check_size(path)
     edf = edfio.read_edf(path, lazy_load_data=False, header_encoding="latin-1")
-    if not edf.is_continuous:
+    if not _is_continuous(edf):
         raise UserError(f"{path} is an EDF+D file with interruptions; export it as EDF+C, or its parts one by one")
     rates = [signal.sampling_frequency for signal in edf.signals]
     leads = find_leads(edf.labels, [signal.physical_dimension for signal in edf.signals])
@@ -30,6 +34,36 @@ def read(path: Path, rate: float | None) -> Recording:
         chosen = round(chosen)
     keep = {"edf": edf, "places": places}
     return Recording(values, float(chosen), names, units, find_leads(names, units), path, "edf", keep)
+
+
+def _check_size(path: Path) -> None:
+    """Refuses a header that tells of more or less than there is, before anything is made of it."""
+    with path.open("rb") as file:
+        head = file.read(256)
+        channels = int(head[252:256])
+        fields = file.read(256 * max(channels, 0))
+    counts = [int(fields[start : start + 8]) for start in range(216 * channels, 224 * channels, 8)]
+    told, begin = 2 * sum(counts) * int(head[236:244]), 256 * (channels + 1)
+    if min(counts, default=1) < 1 or int(head[184:192]) != begin or begin + told != path.stat().st_size:
+        raise ValueError(f"its header does not fit {path.stat().st_size} bytes")
+
+
+def _is_continuous(edf: edfio.Edf) -> bool:
+    """Whether each data record begins where the one before ends, as the first annotation of each tells."""
+    annotations = next(iter(edf._annotation_signals), None)
+    if annotations is None:
+        return True
+    onsets = [re.match(rb"[+-]\d+(\.\d*)?(?=\x14)", record) for record in _data_records(annotations)]
+    if None in onsets:
+        raise ValueError("a data record without its time")
+    times = [decimal.Decimal(onset[0].decode()) for onset in onsets]
+    duration = decimal.Decimal(edf._data_record_duration.decode().strip())
+    return all(after == before + duration for before, after in itertools.pairwise(times))
+
+
+def _data_records(annotations: edfio.EdfSignal) -> Iterator[bytes]:
+    data, width = annotations.digital.tobytes(), 2 * annotations.samples_per_data_record
+    return (data[start : start + width] for start in range(0, len(data), width))
 
 
 def write(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:

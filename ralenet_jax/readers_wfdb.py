@@ -7,52 +7,107 @@ from pathlib import Path
 
 import numpy as np
 import wfdb
+from wfdb.io.header import rx_record, rx_segment, rx_signal
 
 from ralenet_jax.errors import UserError
 from ralenet_jax.readers_recording import SUFFIXES, Recording, find_leads
 
 _FORMATS = {"80": 8, "212": 12, "16": 16, "24": 24, "32": 32}  # that the library writes: bits of a sample
+_BITS = _FORMATS | {"8": 8, "61": 16, "160": 16, "310": 32 / 3, "311": 32 / 3, "508": 0, "516": 0, "524": 0}  # 0: FLAC
+_LONGEST_LINE = 1000  # characters; the format has 255, and the library's patterns take the square of it
+_MOST_SIGNALS = 2**10
+_MOST_UNSEEN = 2**22  # values of a record beyond four for each byte of its files: gaps, and what FLAC leaves out
 
 
 def segments(header: Path) -> list[Path]:
-    """The headers of the segments that a record of several names."""
-    lines = _header_lines(header)
-    return [header.with_name(f"{line.split()[0]}.hea") for line in lines[1:]] if _is_multi(lines) else []
+    """The headers of the segments that a record of several names; none where the header is damaged."""
+    try:
+        record, lines = _parse(header)
+    except ValueError:
+        return []
+    return [header.with_name(f"{line['seg_name']}.hea") for line in lines] if record["n_seg"] else []
 
 
-def _header_lines(header: Path) -> list[str]:
-    lines = header.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+def _parse(header: Path) -> tuple[re.Match, list[re.Match]]:
+    """The first line of a header, and the lines of its segments or signals, as the library understands them."""
+    lines = [line.strip() for line in header.read_text(encoding="ascii", errors="ignore").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines or max(map(len, lines)) > _LONGEST_LINE:
+        raise ValueError("no line of a WFDB header" if not lines else f"a line of {max(map(len, lines))} characters")
+    for name in (line.split()[0] for line in lines[1:]):
+        if re.search(r"[/\\:]|^[.-]+$|^~.", name):
+            raise UserError(f"{header} names the file {name!r}; expected one in its own folder; it is not read")
+    record = rx_record.match(lines[0])
+    pattern = rx_segment if record and record["n_seg"] else rx_signal
+    found = [pattern.match(line) for line in lines[1:]]
+    if record is None or None in found:
+        raise ValueError(f"{lines[found.index(None) + 1 if record else 0][:40]!r} is no line of a WFDB header")
+    told = int(record["n_seg"] or record["n_sig"])
+    if told != len(found) or int(record["n_sig"]) > _MOST_SIGNALS:
+        raise ValueError(f"{record['n_sig']} signals, {len(found)} lines, {told} expected")
+    return record, found
 
 
-def _is_multi(lines: list[str]) -> bool:
-    return bool(lines) and "/" in lines[0].split()[0]
+def files(header: Path) -> list[Path]:
+    """The files a WFDB record is made of, before any but headers is opened.
+
+    Raises:
+        ValueError: for names that lead out of its folder, and for more samples than the files hold: the library takes
+            the memory for what a header claims.
+    """
+    record, lines = _parse(header)
+    found, names = {header: None}, []  # a dictionary is a set that keeps the order
+    if record["n_seg"]:
+        names = [line["seg_name"] for line in lines if line["seg_name"] != "~"]
+        values = int(record["n_sig"]) * sum(int(line["seg_len"]) for line in lines)
+    else:
+        values = _add_signals(found, header, record, lines)
+    for name in names:
+        segment = _add(found, header, f"{name}.hea")
+        record, lines = _parse(segment)
+        if record["n_seg"]:
+            raise ValueError(f"its segment {segment.name} is itself of segments")
+        values += _add_signals(found, segment, record, lines)
+    size = sum(file.stat().st_size for file in found)
+    if values > 4 * size + _MOST_UNSEEN:
+        raise ValueError(f"{values} values in files of {size} bytes")
+    return list(found)
 
 
-def _files(header: Path) -> list[Path]:
-    """The files a WFDB record is made of; refuses names that lead out of its folder before any is opened."""
-    found, waiting = [], [header]
-    while waiting:
-        current = waiting.pop()
-        lines = _header_lines(current)
-        suffix = ".hea" if _is_multi(lines) else ""
-        found.append(current)
-        for name in sorted({line.split()[0] for line in lines[1:]} - {"~"}):
-            if re.search(r"[/\\:]|^[.-]+$|^~", name):
-                raise UserError(f"{current} names the file {name!r}; expected one in its own folder; it is not read")
-            file = current.with_name(name + suffix)
-            if not file.is_file():
-                raise UserError(f"{current} names {file.name}, which is not beside it; put it there")
-            if file in found:
-                raise UserError(f"{current} names {file.name} a second time; mend the header")
-            (waiting if suffix else found).append(file)
-    return found
+def _add(found: dict[Path, None], header: Path, name: str) -> Path:
+    file = header.with_name(name)
+    if not file.is_file():
+        raise UserError(f"{header} names {name}, which is not beside it; put it there")
+    if file in found:
+        raise UserError(f"{header} names {name} a second time; mend the header")
+    found[file] = None
+    return file
+
+
+def _add_signals(found: dict[Path, None], header: Path, record: re.Match, lines: list[re.Match]) -> int:
+    """Adds the signal files of a header to those found; how many values they are said to hold."""
+    length, values = int(record["sig_len"] or -1), 0
+    for name in dict.fromkeys(line["file_name"] for line in lines):
+        told = [line for line in lines if line["file_name"] == name]
+        formats, counts = {line["fmt"] for line in told}, [int(line["samps_per_frame"] or 1) for line in told]
+        if name == "~" and formats == {"0"}:  # the names of a record whose segments hold various signals
+            continue
+        room = 8 * (_add(found, header, name).stat().st_size - int(told[0]["byte_offset"] or 0))
+        if len(formats) > 1 or not formats < _BITS.keys() or 0 in counts:
+            raise ValueError(f"{name} of format {', '.join(sorted(formats))}, {min(counts)} samples a frame")
+        frame = sum(counts) * _BITS[told[0]["fmt"]]
+        if length < 0 and frame:
+            length = int(room / frame)  # as the library takes it from the first file
+        if frame * length > room:
+            raise ValueError(f"{length} samples, more than {name} holds")
+        skew = max(int(line["skew"] or 0) for line in told)
+        values += sum(counts) * (max(length, 0) + skew)
+    return values
 
 
 def read(path: Path, rate: float | None) -> Recording:
     """Reads a record whose header is given; refuses names that lead out of its folder."""
-    files = _files(path)
-    name = str(path.absolute().with_suffix(""))
+    found, name = files(path), str(path.absolute().with_suffix(""))
     try:
         record = wfdb.rdrecord(name, physical=False)
     except Exception as error:
@@ -64,7 +119,7 @@ def read(path: Path, rate: float | None) -> Recording:
     signal = record.p_signal if record.d_signal is None else record.dac()
     names = [text or f"ch{index}" for index, text in enumerate(record.sig_name)]
     units = ["" if unit in (None, "NU") else unit for unit in record.units]
-    keep = {"files": files, "record": record}
+    keep = {"files": found, "record": record}
     leads = find_leads(names, units)
     return Recording(signal, float(record.fs), tuple(names), tuple(units), leads, path, "wfdb", keep)
 
@@ -91,6 +146,7 @@ def write(recording: Recording, signal: np.ndarray, changed: list[int], path: Pa
         for field, default in (("adc_res", bits), ("adc_zero", 0), ("block_size", 0)):
             told = getattr(record, field) or [None] * record.n_sig
             setattr(record, field, [default if value is None else value for value in told])
+        record.base_counter = record.base_counter or None  # 0 is the default, which the library does not write
         record.samps_per_frame, record.skew, record.byte_offset = [1] * record.n_sig, None, None
         record.init_value, record.checksum = [int(value) for value in digital[0]], record.calc_checksum()
         record.wrsamp(write_dir=str(path.parent))

@@ -11,8 +11,9 @@ from itertools import pairwise
 
 import flax
 import numpy as np
+import safetensors.numpy
 
-from ralenet_jax.errors import UserError
+from ralenet_jax.errors import UserError, printable, reason
 from ralenet_jax.models import acdae, danet, ralenet, twelve_lead, unet
 
 # Buffers that hold no weights.
@@ -44,6 +45,22 @@ class Entry:
     layout: Layout = SAME
 
 
+def read(name, path):
+    """Flax variables of a model from a file of its published weights as safetensors; see `from_state_dict`.
+
+    Raises:
+        UserError: also if the file is missing or damaged.
+    """
+    try:
+        weights = safetensors.numpy.load_file(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    # A header that lies, or types that NumPy does not have.
+    except Exception as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({reason(error)}); fetch it anew") from error
+    return from_state_dict(name, weights)
+
+
 def from_state_dict(name, state_dict):
     """Flax variables of a model from its published weights.
 
@@ -55,8 +72,8 @@ def from_state_dict(name, state_dict):
         {"params": ..., "batch_stats": ...} of float32 NumPy arrays; acdae has no "batch_stats".
 
     Raises:
-        UserError: if a key is missing, unknown, or holds an array of another shape, or if two keys that are one array
-            in the model differ.
+        UserError: if a key is missing, unknown, or holds an array of another shape or of what is no finite number, or
+            if two keys that are one array in the model differ.
     """
     entries = _entries(name)
     known = {entry.key for entry in entries}
@@ -67,7 +84,11 @@ def from_state_dict(name, state_dict):
         raise UserError(f"the weights do not fit model {name!r}: {'; '.join(told)}; give the state dict of that model")
     variables = {}
     for entry in entries:
-        array = np.asarray(state_dict[entry.key], np.float32)
+        array = np.asarray(state_dict[entry.key])
+        with np.errstate(over="ignore"):
+            is_sound = array.dtype.kind in "iuf" and np.isfinite(array := array.astype(np.float32)).all()
+        if not is_sound:
+            raise UserError(f"weight {entry.key!r} holds what is no finite number; give the weights of a sound model")
         if array.shape != entry.shape:
             raise UserError(
                 f"weight {entry.key!r} has shape {list(array.shape)}; model {name!r} expects {list(entry.shape)}"
@@ -98,7 +119,7 @@ def to_state_dict(name, variables):
 
 
 def _some(keys):
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return ", ".join(printable(key)[:80] for key in keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _entries(name):

@@ -315,6 +315,10 @@ def test_the_first_wrong_weight_is_the_one_named(small, tmp_path):
         ("config", "[1]", "not of this version"),
         ("config", '{"nois": 3}', "not of this version"),
         ("config", '{"seed": {"a": 1}}', "not of this version"),
+        ("config", '{"model.name": "small"}', "not of this version"),
+        ("config", f'{{"noise": {{"snr_db": {"9" * 400}}}}}', "not of this version"),
+        ("config", '{"seed": null}', "not of this version"),
+        ("config", '{"seed": true}', "not of this version"),
         ("window", "[0, 2]", "tells of windows [0, 2]"),
         ("window", "[1099511627776, 2]", "tells of windows"),
         ("window", "[true, 2]", "tells of windows"),
@@ -343,6 +347,14 @@ def test_damaged_files_are_refused(small, tmp_path, name):
     for content in (*cut, whole[:-1], whole[1:], b"\0" * 100, pickle.dumps({"params": 1})):
         path.write_bytes(content)
         refused(path)
+
+
+def test_what_is_told_does_not_steer_the_terminal_and_is_short(small, tmp_path):
+    path = save(tmp_path / "a.npz", small.texts(), flat(small.variables))
+    path.write_bytes(path.read_bytes().replace(b"params/kernel.npy", b"params/\x1b[2Jxx.npy", 1))
+    assert refused(path).isprintable()
+    message = refused(save(tmp_path / "b.npz", small.texts() | {"config": json.dumps({"x" * 9999: 1})}, {}))
+    assert len(message) < 500
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -114,6 +114,30 @@ def test_wrong_type_is_refused_with_the_expected_one(text, kind):
     assert str(caught.value) == f"{key}={value!r} is not of the expected type {kind}"
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("-" * 100_000 + "1", "1+" * 60_000 + "1", "(" * 100_000, "not " * 30_000 + "1", "9" * 400, "{[]: 1}", "\0"),
+        *("0x1for 2", "'\\d'"),
+    ],
+)
+def test_values_that_python_does_not_take_are_text(value):
+    for key in ("noise.snr_db", "noise.snr_db_high"):
+        with pytest.raises(UserError, match=f"^{key}=.{{1,200}} is not of the expected type float$"):
+            main.load_config("ralenet", [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\0", "../configs/ralenet", "__init__"])
+def test_names_that_are_no_files_are_told_in_one_line(name):
+    with pytest.raises(UserError, match=r"^no configuration [^\n]{1,300}$"):
+        main.load_config(name)
+
+
+def test_long_keys_are_cut():
+    with pytest.raises(UserError, match=r"^unknown configuration key .{1,200}$"):
+        main.load_config("ralenet", ["x" * 100_000 + "=1"])
+
+
 def test_key_without_value_is_refused():
     with pytest.raises(UserError, match=r"'noise.kind' has no value; write --config.noise.kind=VALUE"):
         main.load_config("ralenet", ["noise.kind"])

@@ -106,9 +106,25 @@ def npy(array, cut=0):
     return file.getvalue()[: len(file.getvalue()) - cut]
 
 
-def npz(**arrays):
+def claim(dtype, shape):
+    """An array's header with 1,000 bytes behind."""
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue() + bytes(1000)
+
+
+def npz(**arrays):
+    """Members of arrays or of bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as members:
+        for name, array in arrays.items():
+            members.writestr(f"{name}.npy", array if isinstance(array, bytes) else npy(array))
+    return file.getvalue()
+
+
+def packed(array):
+    file = io.BytesIO()
+    np.savez_compressed(file, x=array)
     return file.getvalue()
 
 
@@ -120,6 +136,13 @@ BAD = {  # files, the first of which is read; what is told
     "complex": ({"a.npy": npy(np.ones(9, complex))}, "complex128"),
     "cube": ({"a.npy": npy(np.ones((9, 9, 9)))}, r"\[9, 9, 9\]"),
     "truncated npy": ({"a.npy": npy(WAVE, 80)}, "cannot read"),
+    "a large shape": ({"a.npy": claim("<i8", (10**10,))}, r"\[10000000000\] in 1128 bytes"),
+    "a shape beyond numbers": ({"a.npy": claim("<i8", (2**62, 2**62, 4))}, "in 1128 bytes"),
+    "a negative shape": ({"a.npy": claim("<i8", (-1,))}, r"\[-1\] in 1128 bytes"),
+    "a wide type": ({"a.npy": claim("V2000000000", (2,))}, "in 1128 bytes"),
+    "a bomb": ({"a.npz": packed(np.zeros(2**25))}, "arrays of 268435584 bytes in"),
+    "a bomb of many": ({"a.npz": npz(**{f"a{index}": np.zeros(1) for index in range(1100)})}, "1100 arrays"),
+    "a large shape in npz": ({"a.npz": npz(x=claim("<i8", (10**10,)))}, r"\[10000000000\] in 1128 bytes"),
     "truncated npz": ({"a.npz": npz(x=WAVE)[:-300]}, "cannot read"),
     "two arrays": ({"a.npz": npz(a=WAVE, b=WAVE)}, "holds a, b"),
     "truncated wav": ({"a.wav": truncated_wav()}, "cannot read"),

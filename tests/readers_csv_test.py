@@ -115,8 +115,15 @@ BAD = {  # files, the first of which is read; what is told
     "word in a table": ({"a.csv": b"1,2\n3,4\n5,six\n"}, "line 3: '5,six'"),
     "word at the top": ({"a.csv": b"1,2\nx,4\n5,6\n7,8\n"}, "none of a table"),
     "short line": ({"a.csv": b"1,2\n3,4\n5\n"}, "line 3: '5'"),
+    "no numbers but gaps": ({"a.csv": b"nan\n" * 20_000}, "no table"),
+    "wide and long": ({"a.csv": b"1," * 30_000 + b"1\n" + b"1," * 30_000 + b"1\n" + b"1\n" * 300_000}, "line 3: '1'"),
     "uneven times": ({"a.csv": b"time,I\n0,1\n0.01,1\n0.5,1\n0.51,2\n"}, "not evenly spaced"),
 }
+
+
+def test_a_long_title_is_no_hang(tmp_path):
+    (tmp_path / "a.csv").write_text(f"I{' ' * 60_000}x,II (mV)\n1,2\n3,4\n")
+    assert readers.read(tmp_path / "a.csv", 250).units == ("", "mV")
 
 
 @pytest.mark.parametrize("name", BAD)

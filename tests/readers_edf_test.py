@@ -76,7 +76,34 @@ BAD = {  # files, the first of which is read; what is told
     "no EDF": ({"a.edf": b"\x07 of nothing " * 99}, "cannot read"),
     "truncated edf": ({"a.edf": edf_bytes()[:-10]}, "cannot read"),
     "whole records lost": ({"a.edf": edf_bytes(records=4)}, "cannot read"),
+    "a header that begins elsewhere": ({"a.edf": edf_bytes().replace(b"1280 ", b"256  ", 1)}, "does not fit"),
+    "many samples": ({"a.edf": edf_bytes().replace(b"100     1       100 ", b"99999999-9999999100 ")}, "does not fit"),
+    "a negative number of samples": (
+        {"a.edf": edf_bytes().replace(b"100     1       100 ", b"101     -1      101 ")},
+        "does not fit",
+    ),
+    # Patterns of the library take the fourth power of its length.
+    "a time without end": ({"a.edf": edf_bytes().replace(b"+0.5\x14\x14\x00", b"+0.5\x1515")}, "without its time"),
 }
+
+
+def test_a_long_time_is_no_hang(tmp_path):
+    before = edf_bytes()
+    width = 60_000
+    data = before[: 256 + 4 * 216 + 24] + str(width // 2).encode().ljust(8)
+    data += before[len(data) : 256 * 5]
+    notes = b"+" + b"1" * (width // 2) + b"\x15" + b"1" * (width // 2 - 2)
+    for record in range(3):
+        start = 256 * 5 + record * 2 * sum(COUNTS)
+        data += before[start : start + 2 * sum(COUNTS[:3])] + notes
+    (tmp_path / "a.edf").write_bytes(data)
+    with pytest.raises(UserError, match="without its time"):
+        readers.read(tmp_path / "a.edf")
+
+
+def test_names_do_not_steer_the_terminal(tmp_path):
+    (tmp_path / "a.edf").write_bytes(edf_bytes().replace(b"ECG I ", b"\x1b[2J\nI"))
+    assert readers.read(tmp_path / "a.edf").names == (" [2J I", "Resp")
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -160,6 +160,7 @@ def test_a_header_that_leads_out_of_its_folder_is_refused(tmp_path, monkeypatch,
         readers.read(header)
 
 
+SAMPLES = WAVE.astype("<i2").tobytes()
 HEADER = b"r 1 250 500\nr.dat 16 100\n"
 BAD = {  # files, the first of which is read; what is told
     "empty": ({"a.hea": b""}, "is empty"),
@@ -171,7 +172,45 @@ BAD = {  # files, the first of which is read; what is told
     "rate 0": ({"r.hea": b"r 1 0 500\nr.dat 16 100\n", "r.dat": WAVE.astype("<i2").tobytes()}, "r.hea"),
     "itself": ({"r.hea": b"r/1 1 250 500\nr 500\n"}, "a second time"),
     "comments": ({"r.hea": b"# nothing\n"}, "cannot read"),
+    # What wfdb would take memory or time for.
+    "samples": ({"r.hea": HEADER.replace(b"500", b"9" * 12), "r.dat": SAMPLES}, "9{12} samples, more than r.dat holds"),
+    "frames": ({"r.hea": HEADER.replace(b"16", b"16x99999999"), "r.dat": SAMPLES}, "more than r.dat holds"),
+    "frames of another file": (
+        {"r.hea": b"r 2 250\nr.dat 16\ns.dat 16x99999999\n", "r.dat": SAMPLES, "s.dat": SAMPLES},
+        "500 samples, more than s.dat holds",
+    ),
+    "no samples in a frame": ({"r.hea": HEADER.replace(b"16", b"16x0"), "r.dat": SAMPLES}, "0 samples a frame"),
+    "skew": ({"r.hea": HEADER.replace(b"16", b"16:999999999"), "r.dat": SAMPLES}, "values in files of"),
+    "FLAC": ({"r.hea": b"r 1 250 9999999999\nr.dat 516 100\n", "r.dat": SAMPLES}, "values in files of"),
+    "signals": ({"r.hea": HEADER.replace(b"r 1", b"r 999999999"), "r.dat": SAMPLES}, "999999999 signals, 1 lines"),
+    "signals of segments": ({"r.hea": b"r/1 999999999 250 500\ns 500\n"}, "999999999 signals"),
+    "segments": ({"r.hea": b"r/999999999 1 250 500\ns 500\n"}, "999999999 expected"),
+    "gap": ({"r.hea": b"r/1 1 250 9999999999\n~ 9999999999\n"}, "values in files of"),
+    "segments of segments": (
+        {"r.hea": b"r/1 1 250 500\ns 500\n", "s.hea": b"s/1 1 250 500\nt 500\n"},
+        "s.hea is itself of segments",
+    ),
+    "two formats": ({"r.hea": b"r 2 250 9\nr.dat 16\nr.dat 212\n", "r.dat": SAMPLES}, "format 16, 212"),
+    "long line": ({"r.hea": b"1" * 50_000, "r.dat": SAMPLES}, "a line of 50000 characters"),
 }
+
+
+def test_letters_that_wfdb_leaves_out_do_not_hide_segments(tmp_path):
+    text_header(tmp_path, "µ r/1 1 250 500\ns 500\n", ("s", b"taken for the signal"))
+    (tmp_path / "s.hea").write_text("s 1 250 500\n../outside.dat 16 100\n")
+    with pytest.raises(UserError, match="its own folder"):
+        readers.read(tmp_path / "r.hea")
+
+
+def test_a_damaged_header_does_not_keep_a_folder_from_being_listed(tmp_path):
+    text_header(tmp_path, "r/1 1 250 500\n../s 500\n")
+    (tmp_path / "a.csv").write_text("1\n2\n")
+    assert readers.find([tmp_path]) == [tmp_path / "a.csv", tmp_path / "r.hea"]
+
+
+def test_a_counter_that_begins_at_0_is_no_obstacle(tmp_path):
+    recording = readers.read(text_header(tmp_path, "r 1 250/1(0) 500\nr.dat 16 100\n", ("r.dat", SAMPLES)))
+    written(recording, tmp_path / "new.hea")
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -1,13 +1,16 @@
 """Published weights: names, layouts, and what is refused."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from ralenet_jax.errors import UserError
 from ralenet_jax.models import build_model
-from ralenet_jax.torch_weights import from_state_dict, to_state_dict
+from ralenet_jax.torch_weights import from_state_dict, read, to_state_dict
 
 NAMES = ("ralenet", "ralenet_mlp", "ralenet_nra", "unet", "danet", "acdae", "ralenet_12lead")
 
@@ -117,6 +120,28 @@ def test_wrong_weights_are_refused_by_name():
         from_state_dict("ralenet_nra", weights)
     with pytest.raises(UserError, match="no published weights"):
         from_state_dict("ralnet", weights)
+
+
+@pytest.mark.parametrize(
+    "array", [np.array([np.nan] + [0] * 7), np.full(8, 1e300), np.zeros(8, complex), np.array(["x"] * 8)]
+)
+def test_weights_that_are_no_finite_numbers_are_refused_by_name(array):
+    weights = to_state_dict("acdae", random_variables("acdae"))
+    with pytest.raises(UserError, match=r"'EncList\.0\.conv\.bias' holds what is no finite number"):
+        from_state_dict("acdae", weights | {"EncList.0.conv.bias": array})
+
+
+def test_a_file_is_read_or_refused_in_one_line(tmp_path):
+    variables, path = random_variables("acdae"), tmp_path / "a.safetensors"
+    safetensors.numpy.save_file(to_state_dict("acdae", variables), path)
+    assert_same_tree(read("acdae", path), variables)
+    whole = path.read_bytes()
+    for data in (b"", whole[:-4], b"\xff" * 8 + whole[8:], whole.replace(b"[0,", b"[4,", 1), pickle.dumps({})):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"^[^\n]*a\.safetensors is damaged or no safetensors file[^\n]*$"):
+            read("acdae", path)
+    with pytest.raises(UserError, match="cannot read"):
+        read("acdae", tmp_path / "b.safetensors")
 
 
 def test_variables_of_another_model_are_refused():
