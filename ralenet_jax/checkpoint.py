@@ -151,8 +151,8 @@ def claim(workdir: str | Path, config: ConfigDict) -> None:
         UserError: if another configuration was started there, naming the first difference.
     """
     path = _config_path(workdir)
-    mine = json.loads(config.to_json())
-    del mine["distributed"]  # of this start alone
+    mine, default = (json.loads(each.to_json()) for each in (config, default_config.get_config()))
+    mine["distributed"] = default["distributed"]  # the given one is of this start alone
     if path.exists():
         for key, found, given in differences(json.loads(read_config(workdir).to_json()), mine):
             raise UserError(

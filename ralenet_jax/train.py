@@ -55,7 +55,8 @@ class _Stop:
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None: one that is not Python's, such as JAX's own between several processes; it cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class _Progress:

@@ -65,9 +65,10 @@ def test_description_names_config_versions_device_and_data(data_dir):
     config = ralenet.get_config()
     config.data.dir = str(data_dir)
     config.model.base = "/home/somebody/runs/emb"
+    config.distributed.coordinator = "somebody.example:1234"
     found = json.loads(json.dumps(provenance.describe(config, 2)))  # it goes into a JSON file
     expected = json.loads(config.to_json())
-    del expected["data"]["dir"], expected["model"]["base"]
+    del expected["data"]["dir"], expected["model"]["base"], expected["distributed"]
     assert found["config"] == expected
     assert str(data_dir) not in json.dumps(found) and "somebody" not in json.dumps(found)
     assert found["revision"] == provenance.revision()
