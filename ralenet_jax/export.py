@@ -31,6 +31,7 @@ from ralenet_jax.errors import UserError, reason
 
 TEXTS = ("config", "window", "provenance")
 _COMPARED = 5  # random windows
+_MOST_WEIGHTS = 2**12  # of a file, by number; each takes time and memory, though it may be empty
 _LONGEST_NAME = 200  # of a weight, as a message tells it
 _LONGEST, _MOST_LEADS = 2**16, 2**10  # of a window that a file may claim: its model has to be built
 
@@ -163,6 +164,8 @@ def _flat(variables: dict[str, Any]) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     with safetensors.safe_open(path, framework="numpy") as file:
+        if len(file.keys()) > _MOST_WEIGHTS:
+            raise ValueError(f"{len(file.keys())} weights")
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
 
 
@@ -171,6 +174,8 @@ def _read_npz(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         # Packed or overlapping members could ask for more memory than there is.
         if sum(member.file_size for member in members.infolist()) > path.stat().st_size:
             raise ValueError("it holds more than its size")
+        if len(members.infolist()) > _MOST_WEIGHTS:
+            raise ValueError(f"{len(members.infolist())} weights")
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     return {name: str(arrays.pop(name)) for name in TEXTS if name in arrays}, arrays

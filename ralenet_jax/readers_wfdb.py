@@ -15,7 +15,7 @@ from ralenet_jax.readers_recording import SUFFIXES, Recording, find_leads
 _FORMATS = {"80": 8, "212": 12, "16": 16, "24": 24, "32": 32}  # that the library writes: bits of a sample
 _BITS = _FORMATS | {"8": 8, "61": 16, "160": 16, "310": 32 / 3, "311": 32 / 3, "508": 0, "516": 0, "524": 0}  # 0: FLAC
 _LONGEST_LINE = 1000  # characters; the format has 255, and the library's patterns take the square of it
-_MOST_SIGNALS = 2**10
+_MOST_SIGNALS, _MOST_SEGMENTS = 2**10, 2**14
 _MOST_UNSEEN = 2**22  # values of a record beyond four for each byte of its files: gaps, and what FLAC leaves out
 
 
@@ -43,7 +43,7 @@ def _parse(header: Path) -> tuple[re.Match, list[re.Match]]:
     if record is None or None in found:
         raise ValueError(f"{lines[found.index(None) + 1 if record else 0][:40]!r} is no line of a WFDB header")
     told = int(record["n_seg"] or record["n_sig"])
-    if told != len(found) or int(record["n_sig"]) > _MOST_SIGNALS:
+    if told != len(found) or told > _MOST_SEGMENTS or int(record["n_sig"]) > _MOST_SIGNALS:
         raise ValueError(f"{record['n_sig']} signals, {len(found)} lines, {told} expected")
     return record, found
 

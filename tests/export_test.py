@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -445,6 +446,12 @@ def test_an_npz_that_would_fill_the_memory_is_refused(small, tmp_path):
     with zipfile.ZipFile(tmp_path / "b.npz", "a") as file:
         file.writestr("params/kernel.npy", npz_member((2**50, 2)))
     refused(tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("name", ["safetensors", "npz"])
+def test_weights_beyond_number_are_refused(small, tmp_path, name):
+    arrays = {f"params/{number}": np.zeros(0, np.float32) for number in range(5000)}
+    assert re.search("500[0-9] weights", refused(save(tmp_path / f"a.{name}", small.texts(), arrays)))
 
 
 def test_a_msgpack_of_other_things_is_refused(small, tmp_path):

@@ -185,6 +185,7 @@ BAD = {  # files, the first of which is read; what is told
     "signals": ({"r.hea": HEADER.replace(b"r 1", b"r 999999999"), "r.dat": SAMPLES}, "999999999 signals, 1 lines"),
     "signals of segments": ({"r.hea": b"r/1 999999999 250 500\ns 500\n"}, "999999999 signals"),
     "segments": ({"r.hea": b"r/999999999 1 250 500\ns 500\n"}, "999999999 expected"),
+    "too many segments": ({"r.hea": b"r/20000 1 250 20000\n" + b"~ 1\n" * 20_000}, "20000 lines"),
     "gap": ({"r.hea": b"r/1 1 250 9999999999\n~ 9999999999\n"}, "values in files of"),
     "segments of segments": (
         {"r.hea": b"r/1 1 250 500\ns 500\n", "s.hea": b"s/1 1 250 500\nt 500\n"},
