@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from data_prep import ludb, mitdb, nstdb, physionet, shards
+from data_prep import beam, ludb, mitdb, nstdb, physionet, shards
 
 BUILDERS = {"mitdb": (mitdb.Mitdb, mitdb.MitdbRecordings), "nstdb": (nstdb.Nstdb,), "ludb": (ludb.Ludb,)}
 DOWNLOADS = "physionet"  # below the data folder
@@ -22,6 +23,7 @@ def prepare(
     base_url: str = physionet.BASE_URL,
     databases: Sequence[str] = tuple(BUILDERS),
     report: Callable[[str], None] = print,
+    beam_options: Sequence[str] | None = None,
 ) -> None:
     """Downloads databases to `data_dir/physionet` and writes their shards to `data_dir/NAME/VERSION`.
 
@@ -33,6 +35,7 @@ def prepare(
         base_url: of a server with PhysioNet's layout.
         databases: names among mitdb, nstdb, ludb.
         report: takes each line of what was done.
+        beam_options: of the Apache Beam pipeline that cuts the records, None for this process alone.
 
     Raises:
         PrepareError: anything the user can mend, in one line.
@@ -44,6 +47,7 @@ def prepare(
         source = Path(source).expanduser().absolute()
         if not source.is_dir():
             raise physionet.PrepareError(f"--source {source} is no folder, expected one that holds mitdb/1.0.0 etc.")
+    pipeline = None if beam_options is None else beam.parse_options(beam_options)
     with _sole_writer(data_dir):
         for name in databases:
             database = physionet.DATABASES[name]
@@ -53,13 +57,13 @@ def prepare(
                 copy = physionet.verify(database, source)
             report(f"{database}: {len(copy.records)} records, {len(copy.checksums)} files verified in {copy.folder}")
             for builder in BUILDERS[name]:
-                report(f"{database}: {_build(builder, copy, data_dir)}")
+                report(f"{database}: {_build(builder, copy, data_dir, pipeline)}")
 
 
-def _build(builder: type[shards.Builder], copy: physionet.Copy, data_dir: Path) -> str:
+def _build(builder: type[shards.Builder], copy: physionet.Copy, data_dir: Path, pipeline: beam.Options | None) -> str:
     """Builds one shard set; tells what there is now."""
     started = time.monotonic()
-    directory, is_new = shards.build(builder, copy, data_dir)
+    directory, is_new = shards.build(builder, copy, data_dir, pipeline)
     done = f"written in {time.monotonic() - started:.1f} s" if is_new else "there from the same source, kept"
     info = tfds.builder_from_directory(directory).info
     counts = ", ".join(f"{split} {info.splits[split].num_examples:,}" for split in sorted(info.splits))
@@ -77,9 +81,12 @@ def main(argv: list[str]) -> int:
     origin.add_argument("--source", help="local copy in PhysioNet's layout (mitdb/1.0.0/…), only read")
     origin.add_argument("--base-url", default=physionet.BASE_URL, help="server to download from (%(default)s)")
     parser.add_argument("--databases", default=",".join(BUILDERS), help="which to prepare (%(default)s)")
+    parser.add_argument("--beam", action="store_true", help="cut the records on Apache Beam, for large databases")
+    parser.add_argument("--beam-options", metavar="OPTIONS", help="of its pipeline, in one word (a local one)")
     args = parser.parse_args(argv)
+    beam_options = shlex.split(args.beam_options or "") if args.beam or args.beam_options else None
     try:
-        prepare(args.data_dir, args.source, args.base_url, args.databases.split(","))
+        prepare(args.data_dir, args.source, args.base_url, args.databases.split(","), beam_options=beam_options)
     except physionet.PrepareError as error:
         print(f"ralenet: error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_prep import physionet
+from data_prep import beam, physionet
 
 STAGING = ".incomplete"  # below the data folder; a shard set leaves it whole or not at all
 
@@ -31,9 +32,14 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     CITATION: str
     REVISION = 1  # raised when the same source is to give other examples: older shards are then built anew
 
-    def __init__(self, copy: physionet.Copy, data_dir: Path):
+    def __init__(self, copy: physionet.Copy, data_dir: Path, on_beam: bool = False):
         self.copy = copy
+        self.on_beam = on_beam
         super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def __reduce__(self):
+        """Goes to Beam's workers as what it was made from: TFDS would hand its own arguments to `__init__`."""
+        return type(self), (self.copy, self._data_dir_root, self.on_beam)
 
     def split_records(self) -> dict[str, list[str]]:
         """Assigns the copy's records to splits, {split: names}."""
@@ -61,26 +67,38 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         info.initialize_from_bucket = lambda: None  # TFDS's bucket has nothing of ours; it leaves a temporary folder
         return info
 
-    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        self._digest = Digest()
+    def _split_generators(self, dl_manager) -> dict:
         splits = {split: records for split, records in sorted(self.split_records().items()) if records}
+        if self.on_beam:  # where nobody sees the examples in order; `build` reads them back for the digest
+            return {split: beam.examples(self._read_keyed, records) for split, records in splits.items()}
+        self._digest = Digest()
         return {split: self._generate_examples(split, records) for split, records in splits.items()}
 
+    def _read_keyed(self, numbered: tuple[int, str]) -> Iterator[tuple[int, dict]]:
+        """Reads a record (its number in the split, its name); the keys put examples in order of record, then time."""
+        number, record = numbered
+        for index, example in enumerate(self.read_examples(record)):
+            yield (number << 32) + index, example
+
     def _generate_examples(self, split: str, records: list[str]) -> Iterator[tuple[int, dict]]:
-        key = -1
+        is_empty = True
         self._digest.add_split(split)
-        for record in records:
-            for example in self.read_examples(record):
-                key += 1
+        for numbered in enumerate(records):
+            for key, example in self._read_keyed(numbered):
+                is_empty = False
                 self._digest.add_example(example)
                 yield key, example
-        if key < 0:  # TFDS cannot write an empty split
-            raise physionet.PrepareError(
-                f"{split} of {self.DATABASE}: no window in {len(records)} records of {self.copy.folder}; "
-                "use records with annotated beats away from their ends"
-            )
+        if is_empty:  # TFDS cannot write an empty split
+            raise self.empty_split(split)
         # TFDS runs the splits one after the other, in our order, and saves the metadata after the last.
         self.info.metadata["digest"] = self._digest.hexdigest()
+
+    def empty_split(self, split: str) -> physionet.PrepareError:
+        """Tells of a split without an example."""
+        return physionet.PrepareError(
+            f"{split} of {self.DATABASE}: no window in {len(self.split_records()[split])} records of "
+            f"{self.copy.folder}; use records with annotated beats away from their ends"
+        )
 
 
 class Digest:
@@ -139,7 +157,9 @@ def is_current(builder: Builder, directory: Path) -> bool:
     return shards_exist and {key: metadata.get(key) for key in builder.provenance()} == builder.provenance()
 
 
-def build(builder_class: type[Builder], copy: physionet.Copy, data_dir: Path) -> tuple[Path, bool]:
+def build(
+    builder_class: type[Builder], copy: physionet.Copy, data_dir: Path, pipeline: beam.Options | None = None
+) -> tuple[Path, bool]:
     """Writes the shards of a database to `data_dir/NAME/VERSION` unless they are there.
 
     An older set stays until the new one is whole.
@@ -148,6 +168,8 @@ def build(builder_class: type[Builder], copy: physionet.Copy, data_dir: Path) ->
         builder_class: for the database.
         copy: its verified source.
         data_dir: parent of all shard sets.
+        pipeline: how Apache Beam cuts the records; None: this process does. The examples are the same in the same
+            order; a split that fills several shards may be divided among them otherwise.
 
     Returns:
         the shard set's folder, and whether it was written (False: it was there, from the same source).
@@ -155,22 +177,28 @@ def build(builder_class: type[Builder], copy: physionet.Copy, data_dir: Path) ->
     Raises:
         PrepareError: a record cannot be used, or the shards cannot be written.
     """
+    on_beam = pipeline is not None
     folder = Path(builder_class.name, str(builder_class.VERSION))
     directory = data_dir / folder
     staging = data_dir / STAGING
     try:
         shutil.rmtree(staging, ignore_errors=True)  # a killed call may have left one
-        builder = builder_class(copy, staging)
+        builder = builder_class(copy, staging, on_beam)
         if is_current(builder, directory):
             return directory, False
-        with _quiet_tfds():
-            builder.download_and_prepare()
+        with _quiet_tfds(), beam.workers_errors(builder.empty_split):
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(beam_options=pipeline))
+        if on_beam:
+            builder.info.metadata["digest"] = digest(staging / folder)
+            builder.info.write_to_directory(staging / folder)
         shutil.rmtree(directory, ignore_errors=True)
         directory.parent.mkdir(parents=True, exist_ok=True)
         (staging / folder).rename(directory)
     except (OSError, RuntimeError) as error:
-        # array_record tells what the system refused in a RuntimeError, "…: write() failed: No space left on device; …"
-        refused = getattr(error, "strerror", None) or str(error).partition("() failed: ")[2].partition(";")[0]
+        # array_record tells what the system refused in a RuntimeError, "…: write() failed: No space left on device; …",
+        # Beam the OSError of a worker, "…: [Errno 28] No space left on device: …".
+        told = re.search(r"(?:\(\) failed: |\[Errno \d+\] )([^:;\n]+)", str(error))
+        refused = getattr(error, "strerror", None) or (told and told[1])
         if not refused:
             raise
         raise physionet.PrepareError(
