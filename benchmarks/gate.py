@@ -22,7 +22,8 @@ from ralenet_jax import augment, checkpoint, denoise, gate, heartbeats, provenan
 
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 SNRS_DB = (-6, 0, 6, 12, 18)
-START = 100_000  # samples: recordings begin calm
+START = [[1.0, -0.4, 0.05, 0, 0], [8.0, -0.3, -0.3, 0, 0], [5.0, -0.3, -0.3, 0, 0]]  # weights, by eye
+FROM = 100_000  # samples: recordings begin calm
 LEAD_DB = 0.3  # over the best filter
 
 
@@ -78,7 +79,7 @@ class Cases:
         for record, (kind, snr_db) in itertools.product(options.records, conditions):
             leads, _, rate = heartbeats.read_recording(Path(options.physionet) / "mitdb/1.0.0", record)
             clean, noisy = heartbeats.add_noise(leads, noise, kind, snr_db)
-            cut = slice(START, START + int(options.minutes * 60 * rate))
+            cut = slice(FROM, FROM + int(options.minutes * 60 * rate))
             clean, noisy = (x[cut].astype(np.float64) - np.median(x[cut], 0) for x in (clean, noisy))
             powers, products, hop_s = observe(denoiser, clean, noisy, rate)
             case = (kind, snr_db, record)
@@ -112,12 +113,12 @@ class Cases:
 
 
 def fit(cases, clean_weight, evaluations):
-    """The weights `[2, 5]` that make the loss least."""
+    """The weights `[3, 5]` that make the loss least."""
     best = {condition: cases.best_filter(*condition) for condition in cases.conditions if condition[0] != "none"}
 
     def loss(flat):
         total = 1e-3 * np.sum(np.square(flat))
-        for (kind, snr_db), (gain, prd, _) in cases.table(flat.reshape(2, -1)).items():
+        for (kind, snr_db), (gain, prd, _) in cases.table(flat.reshape(3, -1)).items():
             if kind == "none":
                 total += clean_weight * prd
             else:
@@ -126,9 +127,11 @@ def fit(cases, clean_weight, evaluations):
                 total += (1.0 if snr_db <= 12 else 0.3) * (3 * behind - 0.1 * gain)
         return total
 
-    start = gate.WEIGHTS.ravel()
-    found = scipy.optimize.minimize(loss, start, method="Powell", options={"maxfev": evaluations})
-    return found.x.reshape(2, -1), best
+    start = np.array(START).ravel()
+    steps = np.diag(np.tile([0.5, 0.08, 0.08, 0.08, 0.08], 3))
+    options = {"maxfev": evaluations, "initial_simplex": start + np.concatenate([0 * start[None], steps])}
+    found = scipy.optimize.minimize(loss, start, method="Nelder-Mead", options=options)
+    return found.x.reshape(3, -1), best
 
 
 def main():
@@ -139,8 +142,8 @@ def main():
     parser.add_argument("--model", help="exported weights (default: the ones that come along)")
     parser.add_argument("--records", nargs="+", default=DS1)
     parser.add_argument("--minutes", type=float, default=2.0, help="of each recording")
-    parser.add_argument("--clean", type=float, default=0.3, help="dB that a percent of PRD counts")
-    parser.add_argument("--evaluations", type=int, default=1500)
+    parser.add_argument("--clean", type=float, default=0.1, help="dB that a percent of PRD counts")
+    parser.add_argument("--evaluations", type=int, default=1600)
     options = parser.parse_args()
     startup.start_jax()
     cases = Cases(options, whole_recordings.denoiser_of(options.model))

@@ -1,8 +1,9 @@
 """How much of what the model would remove from a lead is to go: all of a noisy lead's noise, nothing of a clean one's.
 
 What would be removed is slow drift and the rest. Of each a part goes that depends on how strong both have been against
-the heartbeats in the last seconds, and on how steady: a recording's own drift comes in bursts, added noise stays. A
-logistic function of these, whose weights `benchmarks/gate.py` finds on training records.
+the heartbeats in the last seconds, and on how steady: a recording's own drift comes in bursts, added noise stays. And
+where the rest is noisy, drift is likely noise too. Logistic functions of these, whose weights `benchmarks/gate.py`
+finds on training records.
 """
 
 import numpy as np
@@ -10,11 +11,12 @@ import scipy.signal
 
 _LONG_S, _SHORT_S = 60.0, 10.0  # what is longer ago counts less than 1/e
 _LEAST_DB = -50.0  # of the heartbeats' power: fainter noise than that makes no difference
+_FARTHEST_DB = 20.0  # ratios beyond this, up or down, are taken for it: none such trained the weights
 _SHUT = 0.05  # parts below this are none, parts above 1 less this are all
 _TINY = 1e-30
-# For drift and for the rest: 1; heartbeats over it, dB, in the long and in the short run; burstiness of it, dB;
-# heartbeats over the other, dB, in the long run.
-WEIGHTS = np.array([[0.9, -0.4, 0.2, -0.1, 0.0], [9.0, -0.3, -0.4, 0.0, 0.0]])
+# Of what drift goes by, and twice of what the rest goes by, for the rest and for drift: 1; heartbeats over it, dB, in
+# the long and in the short run; burstiness of it, dB; heartbeats over the other, dB, in the long run.
+WEIGHTS = np.array([[-10.34, -0.85, 0.58, 0.27, 0.62], [3.05, -0.1, -0.24, 0.6, 0.05], [1.83, -0.52, 0.22, 0.98, 0.13]])
 
 
 class _Mean:
@@ -41,7 +43,7 @@ class Gate:
 
     Args:
         hop_s: seconds between windows.
-        weights: `[2, 5]`; by default `WEIGHTS`.
+        weights: `[3, 5]`; by default `WEIGHTS`.
     """
 
     def __init__(self, hop_s: float, weights: np.ndarray | None = None):
@@ -63,14 +65,13 @@ class Gate:
         of_noise = [_decibels(np.maximum(values, faintest)) for values in power[1:]]
         steady = [mean(values) for mean, values in zip(self._long[3:], of_noise, strict=True)]
         over = [long[0] - values for values in steady]
-        return np.stack(
-            [
-                np.stack(
-                    [np.ones_like(over[0]), over[i], short[0] - short[i + 1], long[i + 1] - steady[i], over[1 - i]], -1
-                )
-                for i in (0, 1)
-            ]
-        )
+        found = [
+            np.stack([over[i], short[0] - short[i + 1], long[i + 1] - steady[i], over[1 - i]], -1).clip(
+                -_FARTHEST_DB, _FARTHEST_DB
+            )
+            for i in (0, 1)
+        ]
+        return np.pad(np.stack(found), [(0, 0)] * 3 + [(1, 0)], constant_values=1.0)
 
 
 def powers(beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
@@ -80,9 +81,11 @@ def powers(beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray
 
 
 def parts(features: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The parts to go, `[2, …]`, by features `[2, …, 5]` and weights `[2, 5]`."""
-    score = np.stack([feature @ weight for feature, weight in zip(features, weights, strict=True)])
-    return np.clip(((1 + np.tanh(score / 2)) / 2 - _SHUT) / (1 - 2 * _SHUT), 0, 1)
+    """The parts to go, `[2, …]`, by features `[2, …, 5]` and weights `[3, 5]`."""
+    score = np.stack([features[i] @ weight for i, weight in zip((0, 1, 1), weights, strict=True)])
+    drift, rest, both = (1 + np.tanh(score / 2)) / 2
+    part = np.stack([1 - (1 - drift) * (1 - both), rest])
+    return np.clip((part - _SHUT) / (1 - 2 * _SHUT), 0, 1)
 
 
 def _decibels(power: np.ndarray) -> np.ndarray:
