@@ -16,7 +16,9 @@ _SHUT = 0.05  # parts below this are none, parts above 1 less this are all
 _TINY = 1e-30
 # Of what drift goes by, and twice of what the rest goes by, for the rest and for drift: 1; heartbeats over it, dB, in
 # the long and in the short run; burstiness of it, dB; heartbeats over the other, dB, in the long run.
-WEIGHTS = np.array([[-10.34, -0.85, 0.58, 0.27, 0.62], [3.05, -0.1, -0.24, 0.6, 0.05], [1.83, -0.52, 0.22, 0.98, 0.13]])
+WEIGHTS = np.array(
+    [[-8.832, -0.74, 0.503, -0.068, 0.587], [-3.537, 0.424, -0.393, 2.25, -0.06], [2.115, -0.503, 0.168, 0.913, 0.143]]
+)
 
 
 class _Mean:
