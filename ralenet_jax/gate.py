@@ -17,7 +17,7 @@ _TINY = 1e-30
 # Of what drift goes by, and twice of what the rest goes by, for the rest and for drift: 1; heartbeats over it, dB, in
 # the long and in the short run; burstiness of it, dB; heartbeats over the other, dB, in the long run.
 WEIGHTS = np.array(
-    [[-8.832, -0.74, 0.503, -0.068, 0.587], [-3.537, 0.424, -0.393, 2.25, -0.06], [2.115, -0.503, 0.168, 0.913, 0.143]]
+    [[-10.262, -0.653, 0.416, -0.182, 0.685], [9.109, -0.055, -0.729, 0.0, 0.171], [6.134, -0.31, -0.282, 0.0, 0.185]]
 )
 
 
