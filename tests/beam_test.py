@@ -1,4 +1,5 @@
 import importlib.util
+import resource
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ from made_databases import tree, write_lists, write_ludb, write_mitdb, write_nst
 
 from data_prep import beam, prepare, shards
 from data_prep.mitdb import Mitdb
+from data_prep.nstdb import Nstdb
 from data_prep.physionet import DATABASES, PrepareError, verify
 
 FOLDERS = ("mitdb/1.0.0", "mitdb_recordings/1.0.0", "nstdb/1.0.0", "ludb/1.0.1")
@@ -82,6 +84,20 @@ def test_a_split_without_a_window(tmp_path):
 
 
 @needs_beam
+def test_a_full_disk(tmp_path):
+    write_nstdb(tmp_path)
+    copy = verify(DATABASES["nstdb"], tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(PrepareError, match="^cannot write the shards of nstdb 1.0.0 in .*: File too large; free"):
+            shards.build(Nstdb, copy, tmp_path / "data", beam.parse_options([]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert tree(tmp_path / "data") == {}
+
+
+@needs_beam
 def test_a_runner_that_is_none(tmp_path, capsys):
     assert prepare.main(["--data-dir", str(tmp_path), "--beam-options=--runner=Nowhere"]) == 2
     assert "Nowhere" in capsys.readouterr().err
@@ -93,3 +109,13 @@ def test_without_beam(tmp_path, monkeypatch, capsys):
     expected = 'ralenet: error: --beam needs apache_beam; pip install "ralenet_jax[beam]"\n'
     assert capsys.readouterr().err == expected
     assert not (tmp_path / "data").exists()
+
+
+@needs_beam
+@pytest.mark.slow
+def test_real_databases(tmp_path, physionet):
+    prepare.prepare(tmp_path / "without", source=physionet)
+    prepare.prepare(tmp_path / "with", source=physionet, beam_options=[])
+    for folder in FOLDERS:
+        with_beam, without = (tfds.builder_from_directory(tmp_path / way / folder).info for way in ("with", "without"))
+        assert dict(with_beam.metadata) == dict(without.metadata)
