@@ -101,7 +101,7 @@ def _leads(windows, key):
     """Leads of `[…, L, C]` in any order, gain and polarity, or the first one twice; and whether it is."""
     order_key, gain_key, sign_key, single_key = jax.random.split(key, 4)
     windows = jnp.where(jax.random.bernoulli(order_key), windows[..., ::-1], windows)
-    gain = _GAIN ** jax.random.uniform(gain_key, windows.shape[-1:], minval=-1.0)
+    gain = _GAIN ** jax.random.uniform(gain_key, (1,) * (windows.ndim - 1) + windows.shape[-1:], minval=-1.0)
     windows = windows * gain * jnp.where(jax.random.bernoulli(sign_key, shape=gain.shape), 1.0, -1.0)
     single = jax.random.bernoulli(single_key, _SINGLE)
     return jnp.where(single, windows[..., :1], windows), single

@@ -104,7 +104,6 @@ def test_unknown_key_names_the_nearest(text, nearest):
         ("eval.snr_db=3", "tuple"),
         ("eval.snr_db=None", "tuple"),
         ("model.r_wave_attention=0", "bool"),
-        ("data.dir={[]: 1}", "str"),
     ],
 )
 def test_wrong_type_is_refused_with_the_expected_one(text, kind):
