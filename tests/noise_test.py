@@ -22,7 +22,7 @@ def mix(protocol, recordings, kinds, ratio, clean, key_seed=0, span=None, high=N
     """Float64 arrays: what the model sees and its target, and both after undoing the normalisation."""
     chosen = noise.condition(kinds, ratio, high, span or (0, recordings.shape[1]))
     mixture = _MIX(protocol, recordings, chosen, clean, keys(len(clean), key_seed))
-    noisy, target, offset, scale = (np.asarray(value, np.float64) for value in mixture)
+    noisy, target, offset, scale = (np.asarray(value, np.float64) for value in mixture[:4])
     return noisy, target, noisy * scale + offset, target * scale + offset
 
 
