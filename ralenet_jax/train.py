@@ -228,10 +228,10 @@ def _claimed(run: _Run, workdir: str | Path) -> Iterator[None]:
         made_of = provenance.describe(run.config, len(run.devices))
         same = json.dumps([made_of["config"], made_of["data"]])
         hosts.require_same(same, "it has another configuration or other data; give the same to all")
+    if not checkpoint.is_saved(workdir):
+        run.take_base()  # before anything is written: there may be none
     with contextlib.ExitStack() as stack:
         hosts.together(lambda: hosts.is_first() and stack.enter_context(checkpoint.locked(workdir)), run.patience)
-        if not checkpoint.is_saved(workdir):
-            run.take_base()
         hosts.together(lambda: hosts.is_first() and checkpoint.claim(workdir, run.config), run.patience)
         hosts.together(lambda: _check_shared(workdir), run.patience)
         yield
