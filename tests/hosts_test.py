@@ -180,13 +180,14 @@ def test_process_that_freezes_ends_the_others_by_the_heartbeat(data_dir, tmp_pat
 
 def test_lock_is_free_again_however_its_owner_ended(tmp_path):
     code = f"""
-import time
+import sys
 from ralenet_jax import checkpoint
 with checkpoint.locked({str(tmp_path)!r}):
     print("locked", flush=True)
-    time.sleep(600)
+    sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", code], cwd=_ROOT, stdout=subprocess.PIPE, text=True) as owner:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=_ROOT, text=True, **pipes) as owner:
         assert owner.stdout.readline() == "locked\n"
         with pytest.raises(UserError, match=f"under way in {tmp_path}; wait"), checkpoint.locked(tmp_path):
             pass
