@@ -1,169 +1,210 @@
-"""Weights of the denoiser's gate (`ralenet_jax/gate.py`), from training records and the first half of the noise.
+"""Trains the denoiser's gate (`ralenet_jax/gate.py`) on DS1 and the first half of the noise.
 
     python benchmarks/gate.py PHYSIONET --out results/gate
 
-runs a model over two minutes of 22 records of DS1 with noise of every kind at −6 to 18 dB and without, and looks for
-the weights with which the SNR improves most, a cell leads the filters of `whole_recordings.py` by 0.3 dB, and clean
-recordings lose least. Prints and writes the weights and what comes of them, as JSON. NeuroKit2 is needed
-(`pip install "ralenet_jax[demo]"`).
+runs the model, all open, over four minutes from anywhere in 22 records of DS1, with noise of every kind at −7.5 to
+24 dB and without, and keeps what the gate goes by and what each part would do. Then it looks for the network with
+which the SNR is highest, in dB, and clean recordings lose least: five times without a fifth of the records, which then
+tell what comes of it, and once with all. Writes gate.safetensors and, as JSON, what came of it. A second call
+goes on where the first stopped.
 """
 
 import argparse
-import itertools
 import json
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
+import optax
+import safetensors.numpy
 import whole_recordings
 
-from ralenet_jax import augment, checkpoint, denoise, gate, heartbeats, provenance, startup, streaming
+from ralenet_jax import checkpoint, denoise, gate, heartbeats, provenance, startup, streaming
 
 # Without 202, which is of the same person as 201.
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
-SNRS_DB = (-6, 0, 6, 12, 18)
-START = [[1.0, -0.4, 0.05, 0, 0], [8.0, -0.3, -0.3, 0, 0], [5.0, -0.3, -0.3, 0, 0]]  # weights, by eye
-FROM = 100_000  # samples: recordings begin calm
-LEAD_DB = 0.3  # over the best filter
+KINDS = ("bw", "ma", "em", "emb", "bw")  # wander is the hardest to tell
+MINUTES, ENDS_S = 4, (10, 120)  # of each case; of stretches, each of which counts as much as another
+CLEAN, STRONG = 0.2, 0.8  # of the cases have no noise; of the others have 13.5 dB at most
+BEGINNING = 0.2  # of the cases begin where the record does
+HIDDEN, FOLDS = 16, 5
+STEPS, BATCH, RATE, DECAY = 2000, 48, 1e-2, 4e-4
+WEAK_DB, WEAK = 13.5, 0.3  # cases of fainter noise count less
+SOFT = 0.05  # of the parts is never quite shut in training: what is shut would learn nothing
+TINY = 1e-9
 
 
 class Observer:
     """Stands where the gate stands: lets everything through and keeps what it sees."""
 
-    def __init__(self):
-        self.seen = []
+    def __init__(self, grid):
+        self.gate, self.seen = gate.Gate(grid, {}), []
 
     def __call__(self, beats, drift, rest):
         """As `gate.Gate`."""
-        self.seen.append((gate.powers(beats, drift, rest), drift, rest))
+        self.seen.append((self.gate.features(beats, drift, rest), drift, rest))
         return np.ones((2, len(beats), 1, beats.shape[2]), np.float32)
 
 
-def windows_of(signal, rate, denoiser):
+def windows_of(signal, grid, denoiser):
     """All windows `[W, L, C]` that a signal is cut into."""
-    grid = streaming.build_grid(rate, denoiser._window)
     blocks = denoise._Recording(signal, grid).blocks(denoiser._runner.size, np.zeros(0, np.int64))
-    return np.concatenate([windows for windows, *_ in blocks]), grid
+    return np.concatenate([windows for windows, *_ in blocks])
 
 
 def observe(denoiser, clean, noisy, rate):
-    """Powers `[3, W, C]`, and inner products `[5, 5, W, C]` of true drift, rest and removed drift, rest, clean."""
-    observer = Observer()
+    """Features `[W, C, FEATURES]`, and inner products `[W, C, 4, 4]` of noise, removed drift, removed rest, clean."""
+    grid = streaming.build_grid(rate, denoiser._window)
+    observer = Observer(grid)
     denoiser._build_gate = lambda grid: observer
     denoiser(noisy, rate)
-    powers, drift, rest = zip(*observer.seen, strict=True)
-    powers, drift, rest = np.concatenate(powers, 1), np.concatenate(drift), np.concatenate(rest)
-    added, grid = windows_of(noisy - clean, rate, denoiser)
-    true_drift = augment.wander(added)
-    signals = [true_drift, added - true_drift, drift, rest, windows_of(clean, rate, denoiser)[0]]
+    features, drift, rest = map(np.concatenate, zip(*observer.seen, strict=True))
+    signals = [windows_of(noisy - clean, grid, denoiser), drift, rest, windows_of(clean, grid, denoiser)]
     # A sample is made of one window, but where two are faded.
     middle = slice(-(grid.used - grid.fade // 2), -(grid.fade // 2))
     signals = np.stack([signal[:, middle] for signal in signals])
-    return powers, np.einsum("iwlc,jwlc->ijwc", signals, signals), grid.hop / streaming.RATE
+    return features.astype(np.float32), np.einsum("iwlc,jwlc->wcij", signals, signals), grid.hop / streaming.RATE
 
 
-def errors(products, parts):
-    """Energy of the error `[W, C]` when these parts of drift and rest are removed."""
-    signs = np.stack([np.ones_like(parts[0]), np.ones_like(parts[0]), -parts[0], -parts[1]])
-    return np.einsum("iwc,jwc,ijwc->wc", signs, signs, products[:4, :4])
+def draw_cases(random, count):
+    """Kinds and ratios in dB."""
+    kinds = ["none" if n < CLEAN * count else KINDS[n % len(KINDS)] for n in range(count)]
+    strong = random.random(count) < STRONG
+    around = random.choice([-6, 0, 6, 12], count) + random.uniform(-1.5, 1.5, count)
+    return kinds, np.where(strong, around, random.uniform(12, 24, count))
 
 
-class Cases:
-    """What is known of every record under every condition."""
-
-    def __init__(self, options, denoiser):
-        self.features, self.products, self.filters = {}, {}, {}
-        filters = {n: f for n, f in whole_recordings.filters_of().items() if n != "noisy"}
-        noise = whole_recordings.read_noise(options.physionet, second_half=False)
-        conditions = [("none", 0.0), *itertools.product(whole_recordings.KINDS, SNRS_DB)]
-        for record, (kind, snr_db) in itertools.product(options.records, conditions):
-            leads, _, rate = heartbeats.read_recording(Path(options.physionet) / "mitdb/1.0.0", record)
-            clean, noisy = heartbeats.add_noise(leads, noise, kind, snr_db)
-            cut = slice(FROM, FROM + int(options.minutes * 60 * rate))
-            clean, noisy = (x[cut].astype(np.float64) - np.median(x[cut], 0) for x in (clean, noisy))
-            powers, products, hop_s = observe(denoiser, clean, noisy, rate)
-            case = (kind, snr_db, record)
-            self.features[case], self.products[case] = gate.Gate(hop_s).features(powers), products
-            noisy_db = whole_recordings.snr_db(clean, noisy)
-            self.filters[case] = {
-                n: whole_recordings.snr_db(clean, f(noisy, rate)) - noisy_db for n, f in filters.items()
-            }
-            print(*case, file=sys.stderr, flush=True)
-        self.records, self.conditions = options.records, conditions
-
-    def best_filter(self, kind, snr_db):
-        """SNR improvement of the filter that does most for a cell, dB."""
-        of_records = [self.filters[kind, snr_db, record] for record in self.records]
-        return max(np.mean([filters[name] for filters in of_records]) for name in of_records[0])
-
-    def table(self, weights):
-        """{(kind, snr_db): (mean SNR improvement in dB, mean PRD in percent, median PRD)}."""
-        rows = {}
-        for kind, snr_db in self.conditions:
-            gains, prds = [], []
-            for record in self.records:
-                case = (kind, snr_db, record)
-                products = self.products[case]
-                left = errors(products, gate.parts(self.features[case], weights)).sum()
-                before = errors(products, np.zeros((2, *products.shape[2:]))).sum()
-                gains.append(10 * np.log10(max(before, 1e-12) / max(left, 1e-12)) if kind != "none" else 0.0)
-                prds.append(100 * np.sqrt(max(left, 0) / products[4, 4].sum()))
-            rows[kind, snr_db] = float(np.mean(gains)), float(np.mean(prds)), float(np.median(prds))
-        return rows
+def read_cases(options, record, denoiser, noise):
+    """What is known of a record under its conditions, from the file where it was kept or measured now."""
+    path = Path(options.out) / f"cases_{record}.npz"
+    if path.exists():
+        with np.load(path) as kept:
+            return dict(kept)
+    random = np.random.default_rng(int(record))
+    leads, _, rate = heartbeats.read_recording(Path(options.physionet) / "mitdb/1.0.0", record)
+    length, rows = int(MINUTES * 60 * rate), []
+    kinds, ratios = draw_cases(random, options.cases)
+    for kind, ratio_db in zip(kinds, ratios, strict=True):
+        rolled = np.roll(noise, random.integers(noise.shape[1]), 1)
+        clean, noisy = heartbeats.add_noise(leads, rolled, kind, ratio_db)
+        start = random.integers(len(clean) - length) * (random.random() > BEGINNING)
+        cut = slice(start, start + length)
+        clean, noisy = (x[cut].astype(np.float64) - np.median(x[cut], 0) for x in (clean, noisy))
+        features, products, hop_s = observe(denoiser, clean, noisy, rate)
+        rows.append((features, products))
+    features, products = map(np.stack, zip(*rows, strict=True))
+    found = {"features": features, "products": products, "kind": np.array(kinds), "ratio_db": ratios, "hop_s": hop_s}
+    part = path.with_suffix(".part.npz")
+    np.savez(part, **found)
+    part.rename(path)
+    print(f"{record}: {options.cases} cases", file=sys.stderr, flush=True)
+    return found
 
 
-def constrained(flat):
-    """Weights `[3, 5]` of any numbers `[15]`: more noise never shuts the gate, and steady noise goes as bursts do."""
-    weights = flat.reshape(3, -1).copy()
-    weights[1:, 1:3] = -np.abs(weights[1:, 1:3])
-    weights[1:, 3] = 0
-    return weights
+def stretches(per_window, ends):
+    """Sums `[…, W, C]` over leads and the windows of each stretch: `[…, 3]`."""
+    return jnp.stack([part.sum((-2, -1)) for part in jnp.split(per_window, ends, -2)], -1)
 
 
-def fit(cases, clean_weight, evaluations):
-    """The weights `[3, 5]` that make the loss least."""
-    best = {condition: cases.best_filter(*condition) for condition in cases.conditions if condition[0] != "none"}
+def errors(network, features, products, ends, soft=0.0):
+    """Power of the error over the clean signal's in each stretch, `[…, 3]`."""
+    part = gate.parts(features, network, jnp.tanh)
+    if soft:
+        part = (1 - soft) * part + soft * gate.parts(features, network, jnp.tanh, shut=0)
+    signs = jnp.stack([jnp.ones_like(part[..., 0]), -part[..., 0], -part[..., 1]], -1)
+    error = jnp.einsum("...i,...j,...ij->...", signs, signs, products[..., :3, :3])
+    return stretches(error, ends) / stretches(products[..., 3, 3], ends)
 
-    def loss(flat):
-        total = 1e-3 * np.sum(np.square(flat))
-        for (kind, snr_db), (gain, prd, _) in cases.table(constrained(flat)).items():
-            if kind == "none":
-                total += clean_weight * prd
-            else:
-                # At 12 dB and more no filter helps: to do nothing is better than all but the mildest of them.
-                behind = max(LEAD_DB + max(best[kind, snr_db], 0.5 if snr_db <= 6 else -0.6) - gain, 0.0)
-                total += (1.0 if snr_db <= 12 else 0.3) * (3 * behind - 0.1 * gain)
-        return total
 
-    start = np.array(START).ravel()
-    steps = np.diag(np.tile([0.5, 0.08, 0.08, 0.08, 0.08], 3))
-    options = {"maxfev": evaluations, "initial_simplex": start + np.concatenate([0 * start[None], steps])}
-    found = scipy.optimize.minimize(loss, start, method="Nelder-Mead", options=options)
-    return constrained(found.x), best
+def train(cases, chosen, ends, clean_weight, seed=0):
+    """The network that makes the loss least over the chosen cases."""
+    features = cases["features"]
+    mean, deviation = features[chosen].mean((0, 1, 2)), features[chosen].std((0, 1, 2)) + 1e-3
+    keys = jax.random.split(jax.random.key(seed), 2)
+    count = gate.FEATURES
+    network = {
+        "hidden": jnp.pad(jax.random.normal(keys[0], (count, HIDDEN)) * count**-0.5, ((0, 1), (0, 0))),
+        "out": jax.random.normal(keys[1], (HIDDEN, 2)) * HIDDEN**-0.5,
+        "direct": jnp.zeros((count + 1, 2)),
+    }
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
+
+    def loss(network, features, products, clean, weight):
+        error = errors(network, (features - mean) / deviation, products, ends, SOFT)
+        cost = jnp.where(clean[:, None], clean_weight * 100 * jnp.sqrt(error + 1e-6), 10 * jnp.log10(error + 1e-3))
+        return jnp.mean(cost * weight[:, None]) + DECAY * sum(jnp.sum(x**2) for x in jax.tree.leaves(network))
+
+    @jax.jit
+    def step(network, state, *batch):
+        updates, state = optimizer.update(jax.grad(loss)(network, *batch), state)
+        return optax.apply_updates(network, updates), state
+
+    clean = cases["kind"] == "none"
+    weight = np.where(~clean & (cases["ratio_db"] > WEAK_DB), WEAK, 1.0)
+    random, places, state = np.random.default_rng(seed), np.flatnonzero(chosen), optimizer.init(network)
+    for _ in range(STEPS):
+        batch = random.choice(places, BATCH, replace=False)
+        given = (features[batch], cases["products"][batch], clean[batch], weight[batch])
+        network, state = step(network, state, *given)
+    # The features' scale goes into the first weights.
+    found = {name: np.asarray(value) for name, value in network.items()}
+    for name in ("hidden", "direct"):
+        weights = found[name][:-1] / deviation[:, None]
+        found[name] = np.concatenate([weights, found[name][-1:] - mean @ weights]).astype(np.float32)
+    return found
+
+
+def table(cases, error, ends):
+    """{cell: mean SNR improvement in dB, or PRD in percent, in each stretch}."""
+    clean, products = cases["kind"] == "none", cases["products"]
+    before = np.asarray(stretches(products[..., 0, 0], ends) / stretches(products[..., 3, 3], ends))
+    gain, prd = 10 * np.log10((before + TINY) / (error + TINY)), 100 * np.sqrt(np.maximum(error[clean], 0))
+    cells = {"clean: PRD": prd.mean(0), "clean: median PRD": np.median(prd, 0)}
+    for kind in sorted(set(KINDS)):
+        for ratio_db in (-6, 0, 6, 12):
+            there = (cases["kind"] == kind) & (np.abs(cases["ratio_db"] - ratio_db) < 2)
+            cells[f"{kind}@{ratio_db}"] = gain[there].mean(0)
+    return {name: np.round(np.asarray(values, np.float64), 2).tolist() for name, values in cells.items()}
 
 
 def main():
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("physionet", help="folder with mitdb/1.0.0 and nstdb/1.0.0")
-    parser.add_argument("--out", required=True, help="folder for gate.json")
+    parser.add_argument("--out", required=True, help="folder for gate.safetensors, gate.json and the cases")
     parser.add_argument("--model", help="exported weights (default: the ones that come along)")
     parser.add_argument("--records", nargs="+", default=DS1)
-    parser.add_argument("--minutes", type=float, default=2.0, help="of each recording")
-    parser.add_argument("--clean", type=float, default=0.1, help="dB that a percent of PRD counts")
-    parser.add_argument("--evaluations", type=int, default=1600)
+    parser.add_argument("--cases", type=int, default=40, help="of each record")
+    parser.add_argument("--clean", type=float, default=0.3, help="dB that a percent of PRD counts")
     options = parser.parse_args()
     startup.start_jax()
-    cases = Cases(options, whole_recordings.denoiser_of(options.model))
-    weights, best = fit(cases, options.clean, options.evaluations)
-    cells = {
-        f"{kind}@{snr_db:g}": {"snr_improvement_db": gain, "prd": prd, "median_prd": median}
-        | ({} if kind == "none" else {"best_filter_db": best[kind, snr_db]})
-        for (kind, snr_db), (gain, prd, median) in cases.table(weights).items()
-    }
-    result = {"weights": np.round(weights, 3).tolist(), "clean": options.clean, "cells": cells}
     Path(options.out).mkdir(parents=True, exist_ok=True)
+    denoiser = whole_recordings.denoiser_of(options.model)
+    noise = whole_recordings.read_noise(options.physionet, second_half=False)
+    found = [read_cases(options, record, denoiser, noise) for record in options.records]
+    record = np.repeat(options.records, [len(one["kind"]) for one in found])
+    ends = [int(end / found[0]["hop_s"]) for end in ENDS_S]
+    names = ("features", "products", "kind", "ratio_db")
+    cases = {name: np.concatenate([one[name] for one in found]) for name in names}
+
+    error = np.zeros((len(record), 1 + len(ENDS_S)))
+    for fold in range(FOLDS):
+        held = np.isin(record, options.records[fold::FOLDS])
+        network = train(cases, ~held, ends, options.clean)
+        error[held] = errors(network, cases["features"][held], cases["products"][held], ends)
+        print(f"fold {fold + 1} of {FOLDS}", file=sys.stderr, flush=True)
+    network = train(cases, np.ones(len(record), bool), ends, options.clean)
+    safetensors.numpy.save_file(network, Path(options.out) / "gate.safetensors")
+    whole = {"hidden": np.zeros((gate.FEATURES + 1, 1)), "out": np.zeros((1, 2))}
+    whole["direct"] = np.pad(np.full((1, 2), 99.0), ((gate.FEATURES, 0), (0, 0)))
+    result = {
+        "clean": options.clean,
+        "cases": len(record),
+        "records left out of training": table(cases, error, ends),
+        "all open": table(cases, np.asarray(errors(whole, cases["features"], cases["products"], ends)), ends),
+    }
     checkpoint.write_json(Path(options.out) / "gate.json", result | {"made_by": provenance.software(1)})
     print(json.dumps(result, indent=1))
 

@@ -169,7 +169,7 @@ class Denoiser:
         return streaming.Stream(remove, grid, leads, level, r_peaks)
 
     def _build_gate(self, grid: streaming.Grid) -> Gate | None:
-        return Gate(grid.hop / streaming.RATE) if self._gate else None
+        return Gate(grid) if self._gate else None
 
     def _remove(self, runner: "_Runner", blocks: Iterable[tuple], gate: Gate | None, used: int) -> Iterator[np.ndarray]:
         """Windows `[W, window, C]` → what `streaming.Removed` takes; blocks come with their R peaks."""

@@ -1,24 +1,30 @@
 """How much of what the model would remove from a lead is to go: all of a noisy lead's noise, nothing of a clean one's.
 
-What would be removed is slow drift and the rest. Of each a part goes that depends on how strong both have been against
-the heartbeats in the last seconds, and on how steady: a recording's own drift comes in bursts, added noise stays. And
-where the rest is noisy, drift is likely noise too. Logistic functions of these, whose weights `benchmarks/gate.py`
-finds on training records.
+What would be removed is slow drift and the rest; of each a part goes. A recording's own drift cannot be told from added
+wander in one window, but in a minute it can: it comes in bursts and goes on below 0.06 Hz, the wander of electrodes is
+steady and does not; and where the rest is noisy, drift is likely noise too. So a small network looks at powers over
+the last 2.5, 10 and 60 seconds. `benchmarks/gate.py` trains it on DS1, and `weights/gate.safetensors` holds it.
 """
 
+import functools
+import importlib.resources
+
 import numpy as np
+import safetensors.numpy
 import scipy.signal
 
-_LONG_S, _SHORT_S = 60.0, 10.0  # what is longer ago counts less than 1/e
+from ralenet_jax import streaming
+
+SECONDS = (2.5, 10.0, 60.0)  # what is longer ago counts less than 1/e
+BLOCKS = 6  # means in a hop: what the bands are taken from
+_EDGES_HZ = (0.05, 0.1, 0.2, 0.4, 0.8, 2.0)  # of bands of what would be removed; the first band lies below
+_SIGNALS = 3 + len(_EDGES_HZ)  # heartbeats, drift, rest, and the bands
+FEATURES = (2 * len(SECONDS)) * (_SIGNALS - 1) + _SIGNALS + 1
 _LEAST_DB = -50.0  # of the heartbeats' power: fainter noise than that makes no difference
-_FARTHEST_DB = 20.0  # ratios beyond this, up or down, are taken for it: none such trained the weights
-_SHUT = 0.05  # parts below this are none, parts above 1 less this are all
+_RANGE_DB = (-20.0, 40.0)  # ratios beyond count as its ends: few such were trained on
+_SILENT = 1e-6  # of the strongest lead's power: a lead that is none
+_SHUT = 0.05
 _TINY = 1e-30
-# Of what drift goes by, and twice of what the rest goes by, for the rest and for drift: 1; heartbeats over it, dB, in
-# the long and in the short run; burstiness of it, dB; heartbeats over the other, dB, in the long run.
-WEIGHTS = np.array(
-    [[-10.262, -0.653, 0.416, -0.182, 0.685], [9.109, -0.055, -0.729, 0.0, 0.171], [6.134, -0.31, -0.282, 0.0, 0.185]]
-)
 
 
 class _Mean:
@@ -29,7 +35,7 @@ class _Mean:
         self._sum, self._weight = 0.0, 0.0
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """The next values `[W, C]` → the mean after each."""
+        """The next values `[W, n]` → the mean after each."""
 
         def summed(new, old):
             state = np.broadcast_to(self._forget * old, new[:1].shape)
@@ -40,54 +46,102 @@ class _Mean:
         return sums / weights
 
 
+class _Bands:
+    """Powers of a slow signal in bands, block by block."""
+
+    def __init__(self, rate: float):
+        bands = zip(_EDGES_HZ, _EDGES_HZ[1:], strict=False)
+        self._filters = [scipy.signal.butter(2, _EDGES_HZ[0], fs=rate, output="sos")]
+        self._filters += [scipy.signal.butter(1, band, "band", fs=rate, output="sos") for band in bands]
+        self._states: list[np.ndarray] = []
+
+    def __call__(self, means: np.ndarray) -> np.ndarray:
+        """The next block means `[W, BLOCKS, C]` → powers `[bands, W, C]`."""
+        values = means.reshape(-1, means.shape[2])
+        if not self._states:
+            self._states = [scipy.signal.sosfilt_zi(sos)[:, :, None] * values[0] for sos in self._filters]
+        powers = []
+        for number, sos in enumerate(self._filters):
+            found, self._states[number] = scipy.signal.sosfilt(sos, values, 0, zi=self._states[number])
+            powers.append(np.square(found).reshape(means.shape).mean(1))
+        return np.stack(powers)
+
+
 class Gate:
     """The gate of one signal, which remembers what it saw.
 
     Args:
-        hop_s: seconds between windows.
-        weights: `[3, 5]`; by default `WEIGHTS`.
+        grid: the windows'.
+        network: as `load_network` gives it, the default.
     """
 
-    def __init__(self, hop_s: float, weights: np.ndarray | None = None):
-        self._weights = WEIGHTS if weights is None else weights
-        long, short = np.exp(-hop_s / np.array([_LONG_S, _SHORT_S]))
-        self._long = [_Mean(long) for _ in range(5)]
-        self._short = [_Mean(short) for _ in range(3)]
+    def __init__(self, grid: streaming.Grid, network: dict[str, np.ndarray] | None = None):
+        self._network = load_network() if network is None else network
+        hop_s = grid.hop / streaming.RATE
+        self._new = slice(-grid.used, grid.hop - grid.used)  # of a window
+        self._starts = np.arange(BLOCKS) * grid.hop // BLOCKS
+        self._lengths = np.diff(self._starts, append=grid.hop)[:, None]
+        self._bands = _Bands(BLOCKS / hop_s)
+        self._means = [_Mean(np.exp(-hop_s / seconds)) for seconds in SECONDS]
+        self._steady = _Mean(np.exp(-hop_s / SECONDS[-1]))
+        self._hop_s, self._seen = hop_s, 0
 
     def __call__(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
         """The next windows `[W, L, C]` → the parts of drift and rest that are to go, 0 to 1: float32 `[2, W, 1, C]`."""
-        return parts(self.features(powers(beats, drift, rest)), self._weights)[:, :, None].astype(np.float32)
+        found = parts(self.features(beats, drift, rest), self._network)
+        return np.moveaxis(found, -1, 0)[:, :, None].astype(np.float32)
 
-    def features(self, power: np.ndarray) -> np.ndarray:
-        """What the gate goes by, after each of the next windows: `powers` `[3, W, C]` → `[2, W, C, 5]`."""
-        long = [mean(values) for mean, values in zip(self._long[:3], power, strict=True)]
-        short = [_decibels(mean(values)) for mean, values in zip(self._short, power, strict=True)]
-        faintest = long[0] * 10 ** (_LEAST_DB / 10)
-        long = [_decibels(np.maximum(values, faintest)) for values in long]
-        of_noise = [_decibels(np.maximum(values, faintest)) for values in power[1:]]
-        steady = [mean(values) for mean, values in zip(self._long[3:], of_noise, strict=True)]
-        over = [long[0] - values for values in steady]
-        found = [
-            np.stack([over[i], short[0] - short[i + 1], long[i + 1] - steady[i], over[1 - i]], -1).clip(
-                -_FARTHEST_DB, _FARTHEST_DB
-            )
-            for i in (0, 1)
-        ]
-        return np.pad(np.stack(found), [(0, 0)] * 3 + [(1, 0)], constant_values=1.0)
+    def features(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
+        """What the gate goes by, after each of the next windows `[W, L, C]`: `[W, C, FEATURES]`.
+
+        Heartbeats over drift, rest and bands in each run of seconds, in tens of dB; the same as a mean over all leads;
+        how bursty each of them and the heartbeats are; how much has been seen, of a minute.
+        """
+        slow = np.add.reduceat((drift + rest)[:, self._new].astype(np.float64), self._starts, 1) / self._lengths
+        power = np.concatenate([_powers(beats, drift, rest), self._bands(slow)])
+        count, leads = power.shape[1:]
+
+        def averaged(mean, values):
+            flat = mean(values.transpose(1, 0, 2).reshape(count, -1))
+            return flat.reshape(count, _SIGNALS, leads).transpose(1, 0, 2)
+
+        means = [averaged(mean, power) for mean in self._means]
+        faintest = means[-1][0] * 10 ** (_LEAST_DB / 10)
+        steady = averaged(self._steady, _decibels(np.maximum(power, faintest)))
+        strengths = [_decibels(np.maximum(mean, faintest)) for mean in means]
+        ratios = np.concatenate([strength[:1] - strength[1:] for strength in strengths]).clip(*_RANGE_DB)
+        bursts = (strengths[-1] - steady).clip(*_RANGE_DB)
+        there = means[-1][0] > _SILENT * means[-1][0].max(1, keepdims=True)
+        of_all = (ratios * there).sum(2, keepdims=True) / np.maximum(there.sum(1), 1)[:, None]
+        seen = np.minimum((self._seen + np.arange(count)) * self._hop_s / SECONDS[-1], 1.0)
+        self._seen += count
+        same = np.ones_like(ratios[:1])
+        found = [ratios / 10, of_all / 10 * same, bursts / 10, seen[:, None] * same]
+        return np.concatenate(found).transpose(1, 2, 0)
 
 
-def powers(beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
+@functools.cache
+def load_network() -> dict[str, np.ndarray]:
+    """The trained network: "hidden" `[FEATURES + 1, H]`, "out" `[H, 2]` and "direct" `[FEATURES + 1, 2]`."""
+    weights = importlib.resources.files("ralenet_jax") / "weights" / "gate.safetensors"
+    return safetensors.numpy.load(weights.read_bytes())
+
+
+def parts(features, network: dict, tanh=np.tanh, shut=_SHUT):
+    """The parts that are to go, 0 to 1, `[…, 2]`, by features `[…, FEATURES]`: one hidden layer, and a way around it.
+
+    Parts below `shut` are none, parts above 1 less it are all. Arrays are NumPy's, or JAX's with its `tanh`.
+    """
+    hidden, direct = network["hidden"], network["direct"]
+    inner = tanh(features @ hidden[:-1] + hidden[-1])
+    score = inner @ network["out"] + features @ direct[:-1] + direct[-1]
+    return (((1 + tanh(score / 2)) / 2 - shut) / (1 - 2 * shut)).clip(0, 1)
+
+
+def _powers(beats, drift, rest) -> np.ndarray:
     """Powers of windows `[W, L, C]`, of heartbeats and rest about their means: float64 `[3, W, C]`."""
     slow = np.square(drift, dtype=np.float64).mean(1)
     return np.stack([beats.var(1, dtype=np.float64), slow, rest.var(1, dtype=np.float64)])
-
-
-def parts(features: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The parts to go, `[2, …]`, by features `[2, …, 5]` and weights `[3, 5]`."""
-    score = np.stack([features[i] @ weight for i, weight in zip((0, 1, 1), weights, strict=True)])
-    drift, rest, both = (1 + np.tanh(score / 2)) / 2
-    part = np.stack([1 - (1 - drift) * (1 - both), rest])
-    return np.clip((part - _SHUT) / (1 - 2 * _SHUT), 0, 1)
 
 
 def _decibels(power: np.ndarray) -> np.ndarray:

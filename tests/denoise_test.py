@@ -11,7 +11,7 @@ from ralenet_jax.denoise import Denoiser
 from ralenet_jax.errors import UserError
 
 RATES = [100, 128, 250, 360, 500, 1000]
-ALL, NONE = np.eye(1, 5) * 20, np.eye(1, 5) * -20  # weights of the gate that let all go, or nothing
+ALL, NONE = 20.0, -20.0  # scores of the gate that let all go, or nothing
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +72,14 @@ def denoiser(model, **options):
     return Denoiser(model, {}, **({"gate": False} | options))
 
 
+def set_gate(monkeypatch, *scores):
+    """Gives the gate a network that always has these scores for drift and rest."""
+    count = gate.FEATURES + 1
+    network = {"hidden": np.zeros((count, 1)), "out": np.zeros((1, 2)), "direct": np.zeros((count, 2))}
+    network["direct"][-1] = scores
+    monkeypatch.setattr(gate, "load_network", lambda: network)
+
+
 def beats(seconds, first=0.5, every=0.83):
     return np.arange(first, seconds - 0.3, every)
 
@@ -117,7 +125,7 @@ def test_what_the_model_does_not_see_goes_with_the_noise(rate, outside, monkeypa
     of_clean = clean - scipy.signal.sosfiltfilt(scipy.signal.butter(4, 20, fs=rate, output="sos"), clean, axis=0)
     np.testing.assert_allclose(faster[rate:-rate], of_clean[rate:-rate], atol=0.02)
     # And stays with what the gate holds back.
-    monkeypatch.setattr(gate, "WEIGHTS", np.concatenate([ALL, NONE, NONE]))
+    set_gate(monkeypatch, ALL, NONE)
     slower = clean + hiss - denoiser(Identity(), gate=True)(clean + hiss, rate)
     assert slower.std() > 0.01
     np.testing.assert_allclose(np.diff(slower, axis=0), 0, atol=0.01)
@@ -345,14 +353,14 @@ def test_finds_the_annotated_beats(physionet, record):
 @pytest.mark.parametrize("rate", [250, 360])
 def test_gate_holds_back_or_lets_go(rate, outside, monkeypatch):
     noisy = ecg(20, rate, noise=0.1) + np.sin(np.arange(20 * rate) / rate)[:, None]
-    monkeypatch.setattr(gate, "WEIGHTS", np.concatenate([NONE] * 3))
+    set_gate(monkeypatch, NONE, NONE)
     np.testing.assert_allclose(denoiser(Smoother(), gate=True)(noisy, rate), noisy, atol=1e-6)
-    monkeypatch.setattr(gate, "WEIGHTS", np.concatenate([ALL] * 3))
+    set_gate(monkeypatch, ALL, ALL)
     everything = denoiser(Smoother())(noisy, rate)
     np.testing.assert_allclose(denoiser(Smoother(), gate=True)(noisy, rate), everything, atol=1e-6)
     assert np.abs(everything - noisy).max() > 0.5
     # Drift goes alone.
-    monkeypatch.setattr(gate, "WEIGHTS", np.concatenate([ALL, NONE, NONE]))
+    set_gate(monkeypatch, ALL, NONE)
     removed = noisy - denoiser(Smoother(), gate=True)(noisy, rate)
     assert removed.std() > 0.3 and np.abs(np.diff(removed, axis=0)).max() < 0.03
 

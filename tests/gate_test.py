@@ -3,11 +3,27 @@
 import numpy as np
 import pytest
 
-from ralenet_jax import gate
+from ralenet_jax import gate, streaming
 
-HOP_S = 0.5
-# Only one feature counts: heartbeats over drift, over the rest, in the short run; half goes at 6 dB.
-SHORT = np.array([[6.0, 0, -1, 0, 0], [6.0, 0, -1, 0, 0], [-90.0, 0, 0, 0, 0]])
+GRID = streaming.build_grid(360, 256)
+HOP_S = GRID.hop / 180
+OTHERS = 8  # drift, rest and six bands
+DRIFT, REST = 0, 1
+
+
+def at(seconds, which):
+    """The place of heartbeats over one of the others among the features."""
+    return OTHERS * gate.SECONDS.index(seconds) + which
+
+
+def network(drift=None, rest=None):
+    """One without a hidden layer in which only one feature counts, in dB: half goes at 6 dB."""
+    direct = np.zeros((gate.FEATURES + 1, 2))
+    for column, place in enumerate((drift, rest)):
+        direct[-1, column] = -90.0
+        if place is not None:
+            direct[place, column], direct[-1, column] = -10.0, 6.0
+    return {"hidden": np.zeros((gate.FEATURES + 1, 1)), "out": np.zeros((1, 2)), "direct": direct}
 
 
 def windows(count, beats_db=0.0, drift_db=-90.0, rest_db=-90.0, leads=1):
@@ -16,72 +32,98 @@ def windows(count, beats_db=0.0, drift_db=-90.0, rest_db=-90.0, leads=1):
     return wave * 10 ** (beats_db / 20) + 7, np.full_like(wave, 10 ** (drift_db / 20)), wave * 10 ** (rest_db / 20)
 
 
-@pytest.mark.parametrize("which", [0, 1])
+def features(*of):
+    return gate.Gate(GRID).features(*of)
+
+
+@pytest.mark.parametrize("which", [DRIFT, REST])
+@pytest.mark.parametrize("seconds", gate.SECONDS)
 @pytest.mark.parametrize("ratio_db, part", [(30, 0), (6, 0.5), (-20, 1)])
-def test_more_goes_of_what_is_strong_against_the_heartbeats(which, ratio_db, part):
+def test_more_goes_of_what_is_strong_against_the_heartbeats(which, seconds, ratio_db, part):
     noise_db = {("drift_db", "rest_db")[which]: 3 - ratio_db}
-    found = gate.Gate(HOP_S, SHORT)(*windows(30, beats_db=3, **noise_db))
+    chosen = network(**{("drift", "rest")[which]: at(seconds, which)})
+    found = gate.Gate(GRID, chosen)(*windows(30, beats_db=3, **noise_db))
     assert found.shape == (2, 30, 1, 1) and found.dtype == np.float32
     np.testing.assert_allclose(found[which], part, atol=1e-6)
     np.testing.assert_array_equal(found[1 - which], 0)
 
 
-def test_drift_goes_with_a_noisy_rest():
-    together = np.array([[-90.0, 0, 0, 0, 0], [-90.0, 0, 0, 0, 0], [6.0, 0, -1, 0, 0]])
-    for rest_db, part in ((-90, 0), (-6, 0.5), (20, 1)):
-        found = gate.Gate(HOP_S, together)(*windows(30, rest_db=rest_db))
-        np.testing.assert_allclose(found[0], part, atol=1e-6)
-        np.testing.assert_array_equal(found[1], 0)
-
-
 def test_what_is_beyond_all_training_counts_as_its_border():
-    drift, rest = features(*windows(50, beats_db=0, drift_db=45, rest_db=-45))
-    np.testing.assert_allclose(drift[-1, 0], [1, -20, -20, 0, 20], atol=1e-6)
-    np.testing.assert_allclose(rest[-1, 0], [1, 20, 20, 0, -20], atol=1e-6)
-
-
-def features(*of):
-    return gate.Gate(HOP_S).features(gate.powers(*of))
+    found = features(*windows(50, drift_db=35, rest_db=-45))
+    np.testing.assert_allclose(found[:, 0, [at(60.0, DRIFT), at(60.0, REST)]], [[-2, 4]] * 50, atol=1e-6)
 
 
 def test_what_it_goes_by():
-    drift, rest = features(*windows(50, beats_db=5, drift_db=1, rest_db=-8))
-    np.testing.assert_allclose(drift, np.broadcast_to([1, 4, 4, 0, 13], drift.shape), atol=1e-6)
-    np.testing.assert_allclose(rest, np.broadcast_to([1, 13, 13, 0, 4], rest.shape), atol=1e-6)
+    found = features(*windows(100, beats_db=5, drift_db=1, rest_db=-8))
+    assert found.shape == (100, 1, gate.FEATURES)
+    for seconds in gate.SECONDS:
+        np.testing.assert_allclose(found[:, 0, [at(seconds, DRIFT), at(seconds, REST)]], [[0.4, 1.3]] * 100, atol=1e-6)
+    bursts = 2 * len(gate.SECONDS) * OTHERS
+    np.testing.assert_allclose(found[:, :, bursts : bursts + 3], 0, atol=1e-6)
+    np.testing.assert_allclose(found[:, 0, -1], np.minimum(np.arange(100) * HOP_S / 60, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("hertz, band", [(0.02, 0), (0.14, 2), (0.57, 4), (1.3, 5)])
+def test_slow_signals_are_told_by_their_pace(hertz, band):
+    start = GRID.start(np.arange(400))
+    time = (start[:, None] + np.arange(256)) / 180
+    drift = np.sin(2 * np.pi * hertz * time)[:, :, None]
+    beats, _, rest = windows(400)
+    found = features(beats, drift, rest)[-1, 0, at(60.0, 2) : at(60.0, 2) + 6]
+    # Over a sine, of power −3 dB, heartbeats of 0 dB stand 3 dB; filters of low order let a little less through.
+    assert found.argmin() == band and found[band] == pytest.approx(0.3, abs=0.12)
 
 
 def test_bursts_count_less_in_the_long_run_than_what_stays():
     calm = windows(1, drift_db=-15)
     burst = windows(1, drift_db=10)
-    many = [np.concatenate([(burst if n % 10 == 9 else calm)[i] for n in range(200)]) for i in range(3)]
-    drift, _ = features(*many)
-    # A tenth of the windows is 10 dB strong: on the average 0 dB, of the decibels −14 dB.
-    assert drift[-1, 0, 1] == pytest.approx(12.5, abs=0.7)
-    assert drift[-1, 0, 3] == pytest.approx(12.6, abs=0.9)
+    many = [np.concatenate([(burst if n % 10 == 9 else calm)[i] for n in range(400)]) for i in range(3)]
+    found = features(*many)[-1, 0]
+    # A tenth of the windows is 10 dB strong: on the average 0 dB, of the decibels −12.5 dB.
+    assert found[at(60.0, DRIFT)] == pytest.approx(-0.01, abs=0.06)
+    assert found[2 * len(gate.SECONDS) * OTHERS + 1] == pytest.approx(1.26, abs=0.09)
 
 
-def test_memory_fades_with_the_seconds():
-    one = gate.Gate(HOP_S, SHORT)
-    one.features(gate.powers(*windows(1000, rest_db=-40)))
-    short = one.features(gate.powers(*windows(60, rest_db=20)))[1, :, 0, 2]
-    share = 1 - np.exp(-HOP_S * np.arange(1, 61) / gate._SHORT_S)
-    expected = -10 * np.log10(share * 100 + (1 - share) * 1e-4)
-    np.testing.assert_allclose(short, expected.clip(-20, 20), atol=1e-3)
-    assert short[0] > -10 and short[-1] < -19
+@pytest.mark.parametrize("seconds", gate.SECONDS)
+def test_memory_fades_with_the_seconds(seconds):
+    one = gate.Gate(GRID)
+    one.features(*windows(1000, rest_db=-40))
+    found = one.features(*windows(60, rest_db=20))[:, 0, at(seconds, REST)]
+    share = 1 - np.exp(-HOP_S * np.arange(1, 61) / seconds)
+    expected = -np.log10(share * 100 + (1 - share) * 1e-4)
+    np.testing.assert_allclose(found, expected.clip(-2, 4), atol=1e-4)
+
+
+def test_all_leads_that_are_some_are_looked_at_together():
+    beats, drift, rest = windows(40, rest_db=-10, leads=3)
+    rest[..., 1] *= 10 ** (-20 / 20)  # 30 dB below the heartbeats
+    for dead in (beats, drift, rest):
+        dead[..., 2] = 0
+    found = features(beats, drift, rest)
+    of_all = len(gate.SECONDS) * OTHERS + at(10.0, REST)
+    np.testing.assert_allclose(found[:, :, of_all], 2.0, atol=1e-6)
+    np.testing.assert_allclose(found[:, :2, at(10.0, REST)], [[1.0, 3.0]] * 40, atol=1e-6)
 
 
 def test_what_comes_at_once_and_bit_by_bit_is_the_same():
     random = np.random.default_rng(0)
     given = [random.standard_normal((40, 256, 3)) * scale for scale in (1, 0.5, 0.2)]
-    whole = gate.Gate(HOP_S)(*given)
-    parts, one = [], gate.Gate(HOP_S)
+    whole = gate.Gate(GRID)(*given)
+    parts, one = [], gate.Gate(GRID)
     for cut in (slice(0, 1), slice(1, 2), slice(2, 17), slice(17, 40)):
         parts.append(one(*(part[cut] for part in given)))
-    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-7)
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-6)
 
 
 def test_unit_makes_no_difference_and_silence_is_left_alone():
     random = np.random.default_rng(0)
     given = [random.standard_normal((20, 256, 2)) * scale for scale in (1, 0.5, 0.2)]
-    np.testing.assert_allclose(gate.Gate(HOP_S)(*(1000 * part for part in given)), gate.Gate(HOP_S)(*given), atol=1e-6)
-    assert np.isfinite(gate.Gate(HOP_S)(*np.zeros((3, 20, 256, 2)))).all()
+    np.testing.assert_allclose(gate.Gate(GRID)(*(1000 * part for part in given)), gate.Gate(GRID)(*given), atol=1e-6)
+    assert np.isfinite(gate.Gate(GRID)(*np.zeros((3, 20, 256, 2)))).all()
+
+
+def test_the_network_that_comes_along_opens_to_noise_and_shuts_to_none():
+    shut = gate.Gate(GRID)(*windows(100, drift_db=-40, rest_db=-40))
+    np.testing.assert_array_equal(shut[:, 50:], 0)
+    opened = gate.Gate(GRID)(*windows(100, drift_db=6, rest_db=6))
+    assert opened[:, 50:].min() > 0.9
