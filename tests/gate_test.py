@@ -32,6 +32,12 @@ def windows(count, beats_db=0.0, drift_db=-90.0, rest_db=-90.0, leads=1):
     return wave * 10 ** (beats_db / 20) + 7, np.full_like(wave, 10 ** (drift_db / 20)), wave * 10 ** (rest_db / 20)
 
 
+def wander(count, hertz):
+    """A sine of amplitude 1 that goes on from window to window."""
+    time = (GRID.start(np.arange(count))[:, None] + np.arange(256)) / 180
+    return np.sin(2 * np.pi * hertz * time)[:, :, None]
+
+
 def features(*of):
     return gate.Gate(GRID).features(*of)
 
@@ -65,11 +71,8 @@ def test_what_it_goes_by():
 
 @pytest.mark.parametrize("hertz, band", [(0.02, 0), (0.14, 2), (0.57, 4), (1.3, 5)])
 def test_slow_signals_are_told_by_their_pace(hertz, band):
-    start = GRID.start(np.arange(400))
-    time = (start[:, None] + np.arange(256)) / 180
-    drift = np.sin(2 * np.pi * hertz * time)[:, :, None]
     beats, _, rest = windows(400)
-    found = features(beats, drift, rest)[-1, 0, at(60.0, 2) : at(60.0, 2) + 6]
+    found = features(beats, wander(400, hertz), rest)[-1, 0, at(60.0, 2) : at(60.0, 2) + 6]
     # Over a sine, of power −3 dB, heartbeats of 0 dB stand 3 dB; filters of low order let a little less through.
     assert found.argmin() == band and found[band] == pytest.approx(0.3, abs=0.12)
 
@@ -123,7 +126,7 @@ def test_unit_makes_no_difference_and_silence_is_left_alone():
 
 
 def test_the_network_that_comes_along_opens_to_noise_and_shuts_to_none():
-    shut = gate.Gate(GRID)(*windows(100, drift_db=-40, rest_db=-40))
-    np.testing.assert_array_equal(shut[:, 50:], 0)
-    opened = gate.Gate(GRID)(*windows(100, drift_db=6, rest_db=6))
+    beats, _, rest = windows(100)
+    np.testing.assert_array_equal(gate.Gate(GRID)(beats, 0.01 * wander(100, 0.15), rest)[:, 50:], 0)
+    opened = gate.Gate(GRID)(beats, 3 * wander(100, 0.15), windows(100, rest_db=6)[2])
     assert opened[:, 50:].min() > 0.9
