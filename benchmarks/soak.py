@@ -3,8 +3,8 @@
     python benchmarks/soak.py --data-dir data --minutes 60 --out results/soak.json
 
 trains on 320 windows, so that epochs, validations and checkpoints come by the hundred, looks at the process every ten
-seconds, stops it as a cluster would (SIGTERM) and writes, as JSON, what was seen. Memory counts from a tenth of the time
-on. Linux only. Exit code 1 if memory moved by more than 5 %, checkpoints piled up, or a log cannot be read.
+seconds, stops it as a cluster would (SIGTERM) and writes, as JSON, what was seen. Memory counts from a tenth of the
+time on. Linux only. Exit code 1 if memory moved by more than 5 %, checkpoints piled up, or a log cannot be read.
 """
 
 import argparse
