@@ -47,7 +47,7 @@ def run(data_dir, tmp_path_factory):
     checkpoint.claim(workdir, config)
     checkpoint.write_json(workdir / checkpoint.STARTS, [{"step": 0} | provenance.describe(config, 2)])
     with checkpoint.Checkpointer(workdir) as saved:
-        saved.save(state.replace(step=np.int32(8), **moved), 1.0)
+        saved.save(state.replace(step=jax.numpy.asarray(8, np.int32), **moved), 1.0)
     return workdir
 
 
