@@ -1,5 +1,6 @@
 """Settings and data that all tests share."""
 
+import fcntl
 import os
 import signal
 import tempfile
@@ -15,14 +16,34 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell's background job is started deaf to Ctrl-C, and so would be the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# A model is compiled once for all tests, those in processes of their own included.
-_CACHE = tempfile.TemporaryDirectory(prefix="ralenet_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+# A model is compiled once for all tests, those in other workers and in processes of their own included.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="ralenet_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # As in a command, so that what is compiled here and in processes of their own is the same.
 startup.start_jax()
+
+# Workers take whole files, one after the other: the longest ones first, so that all end at the same time.
+_LONGEST = (
+    *("parity_test", "train_test", "export_test", "hosts_test", "demo_test", "real_data_test", "determinism_test"),
+    *("fuzz_test", "reproduce_test", "bfloat16_test", "ralenet_test", "attention_test", "denoise_test", "steps_test"),
+    *("evaluate_test", "classify_test", "twelve_lead_test", "models_test"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints what tests have measured: a worker's own output is not seen."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +67,14 @@ def physionet(request) -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """Shards of the simulated databases, made once for all tests."""
+    """Shards of the simulated databases, made once for all tests and workers."""
     from data_prep import prepare, simulate
 
-    folder = tmp_path_factory.mktemp("data")
-    source = simulate.write(folder / "simulated", seed=0)
-    prepare.prepare(folder / "shards", source=source)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "data"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here; what they then find finished is left as it is
+        source = simulate.write(folder / "simulated", seed=0)
+        prepare.prepare(folder / "shards", source=source)
     return folder / "shards"

@@ -12,7 +12,8 @@ from data_prep import prepare
 from ralenet_jax import checkpoint, determinism, evaluate, main, reproduce, train
 
 DATA = ("mitdb", "mitdb_recordings", "nstdb", "ludb")
-SMALL = ["model.name=unet", "train.batch_size=4"]
+# As in `train_test`: one program for both.
+SMALL = ["model.name=unet", "train.batch_size=8", "train.steps_per_dispatch=2"]
 
 
 def overrides(data_dir):

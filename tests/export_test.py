@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ralenet_jax import checkpoint, cli, evaluate, export, models, train
+from ralenet_jax import checkpoint, cli, evaluate, export, models, optim, provenance
+from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError
 from ralenet_jax.main import load_config
 from ralenet_jax.models import initializers
@@ -38,10 +39,15 @@ def flat(variables):
 
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
-    """The work directory of a model trained for an epoch of eight steps."""
-    workdir = tmp_path_factory.mktemp("run")
-    small = ["data.num_windows=80", "data.num_train=64", "train.batch_size=8", "train.steps_per_dispatch=2"]
-    train.train(load_config("ralenet", [f"data.dir={str(data_dir)!r}", *small, "train.epochs=1"]), workdir)
+    """The work directory of a run that stands at step 8, no weight or statistic of which is as in the beginning."""
+    workdir, random = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
+    config = load_config("ralenet", [f"data.dir={str(data_dir)!r}", "train.batch_size=8"])
+    state = train_state.create_state(models.build_model("ralenet"), optim.build_optimizer(config, 8), 0, (256, 2))
+    moved = jax.tree.map(lambda leaf: leaf + random.normal(0, 0.01, leaf.shape).astype(np.float32), state.variables)
+    checkpoint.claim(workdir, config)
+    checkpoint.write_json(workdir / checkpoint.STARTS, [{"step": 0} | provenance.describe(config, 2)])
+    with checkpoint.Checkpointer(workdir) as saved:
+        saved.save(state.replace(step=jax.numpy.asarray(8, np.int32), **moved), 1.0)
     return workdir
 
 

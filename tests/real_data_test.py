@@ -67,6 +67,7 @@ def test_paper_windows_are_drawn_once_and_split(prepared):
     assert len(set(train.id.tolist()) | set(test.id.tolist())) == 10_000
 
 
+@pytest.mark.slow
 def test_wavelet_row_of_the_published_table(prepared):
     config = load_config("ralenet", [f"data.dir={str(prepared)!r}"])
     windows, recordings = input_pipeline.read_split(config, "train"), input_pipeline.read_noise(config)
