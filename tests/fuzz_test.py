@@ -20,17 +20,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import small_model
 import wfdb
-from export_test import Small, flat, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_databases import write_lists
 from made_recordings import WAVE, other_channels, wav_file
 from readers_csv_test import TABLES
 from readers_edf_test import edf_bytes
+from small_model import flat, save
 
 from data_prep import physionet
-from ralenet_jax import checkpoint, export, heartbeats, main, models, readers, torch_weights
+from ralenet_jax import checkpoint, export, heartbeats, main, readers, torch_weights
 from ralenet_jax.errors import UserError
 
 FEW, MANY = 60, int(os.environ.get("RALENET_FUZZ_CASES", 10_000))
@@ -218,12 +219,7 @@ def sound(tmp_path_factory) -> dict[str, list[dict[str, bytes]]]:
 
 
 def weight_files(folder: Path) -> dict[str, list[dict[str, bytes]]]:
-    config = main.load_config("ralenet")
-    norm = {name: np.ones(2, np.float32) for name in ("mean", "var")}
-    params = {"kernel": np.eye(2, dtype=np.float32), "norm": dict.fromkeys(("scale", "bias"), norm["var"])}
-    with config.unlocked():
-        config.model.name = "small"
-    trained = export.Trained(config, {"params": params, "batch_stats": {"norm": norm}}, (32, 2), {"checkpoint": 4})
+    trained = small_model.trained()
     files = {}
     for name in ("safetensors", "npz", "msgpack"):
         path = save(folder / f"w.{name}", trained.texts(), flat(trained.variables))
@@ -235,8 +231,7 @@ def weight_files(folder: Path) -> dict[str, list[dict[str, bytes]]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def small_is_a_model():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(models._MODELS, "small", (Small, {}))
+    with small_model.known():
         yield
 
 

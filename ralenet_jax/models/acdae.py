@@ -21,8 +21,9 @@ def halve(x):
 
 def double(x):
     """Linear interpolation at a quarter sample before and after every sample: `[C, B, L]` → `[C, B, 2L]`."""
-    padded = jnp.pad(x, [(0, 0), (0, 0), (1, 1)], mode="edge")
-    before, after = padded[..., :-2], padded[..., 2:]
+    # The first and last sample are their own neighbours; jax2onnx converts no padding with edges.
+    before = jnp.concatenate([x[..., :1], x[..., :-1]], 2)
+    after = jnp.concatenate([x[..., 1:], x[..., -1:]], 2)
     return jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], 3).reshape(*x.shape[:2], -1)
 
 

@@ -42,7 +42,7 @@ class ConvTranspose(nn.Module):
     """Transposed convolution, whose output has `padding` samples cut from both ends.
 
     The kernel `[width, C, features]` is that of a convolution of the input with `stride − 1` zeros between its samples:
-    PyTorch's, flipped along the width.
+    PyTorch's, flipped along the width. `padding + stride` may not exceed `width`.
     """
 
     features: int
@@ -56,6 +56,9 @@ class ConvTranspose(nn.Module):
         fan_in = self.width * self.features  # as PyTorch counts it
         kernel = self.param("kernel", uniform(fan_in), (self.width, x.shape[0], self.features))
         bias = self.param("bias", uniform(fan_in), (self.features,))
+        # Zeros after every sample, then at the edges: jax2onnx cannot convert the one `jax.lax.pad` that does both.
+        spread = jnp.pad(x[..., None], [(0, 0), (0, 0), (0, 0), (0, self.stride - 1)])
+        spread = spread.reshape(*x.shape[:2], x.shape[2] * self.stride)
         edge = self.width - 1 - self.padding
-        spread = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), (edge, edge, self.stride - 1)])
-        return _convolve(spread, kernel, bias)
+        padded = jnp.pad(spread, [(0, 0), (0, 0), (edge, edge - self.stride + 1)])
+        return _convolve(padded, kernel, bias)
