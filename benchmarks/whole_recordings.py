@@ -18,7 +18,7 @@ import numpy as np
 import scipy.signal
 import wfdb
 
-from ralenet_jax import checkpoint, filters, heartbeats, metrics, noise, provenance, startup
+from ralenet_jax import checkpoint, filters, heartbeats, metrics, noise, provenance, readers_annotations, startup
 from ralenet_jax.denoise import Denoiser
 
 DS2 = "100 103 105 111 113 117 121 123 200 210 212 213 214 219 221 222 228 231 232 233 234".split()
@@ -76,8 +76,8 @@ def read_recording(physionet, database, record):
     if database == "mitdb":
         return heartbeats.read_recording(Path(physionet) / "mitdb/1.0.0", record)
     path = str(Path(physionet) / "ludb/1.0.1/data" / record)
-    found, annotation = wfdb.rdrecord(path), wfdb.rdann(path, "ii")
-    beats = annotation.sample[np.array(annotation.symbol) == "N"]
+    found, annotations = wfdb.rdrecord(path), readers_annotations.read(f"{path}.ii")
+    beats = annotations.sample[np.array(annotations.symbol) == "N"]
     return found.p_signal.astype(np.float32), beats, found.fs
 
 
@@ -90,23 +90,29 @@ def noise_for(recordings, record, rate, leads):
     return np.stack([np.roll(resampled[:, :, lead % 2], apart[lead], 1) for lead in range(leads)], 2)
 
 
+def powers(clean, output):
+    """Power of the clean recording `[L, C]` and that of the error, both centred per lead, summed."""
+    clean, output = clean - clean.mean(0), output - output.mean(0)
+    return np.sum(np.square(clean)), max(np.sum(np.square(clean - output)), 1e-12)
+
+
 def snr_db(clean, output):
     """Power of the clean recording `[L, C]` over that of the error, dB, both centred per lead."""
-    clean, output = clean - clean.mean(0), output - output.mean(0)
-    return float(10 * np.log10(np.sum(np.square(clean)) / max(np.sum(np.square(clean - output)), 1e-12)))
+    signal, error = powers(clean, output)
+    return float(10 * np.log10(signal / error))
 
 
 def measure(clean, output, beats, rate, with_f1):
     """What a cleaned recording is worth; both centred per lead."""
     clean, output = clean - clean.mean(0), output - output.mean(0)
-    signal, error = np.sum(np.square(clean)), max(np.sum(np.square(clean - output)), 1e-12)
+    signal, error = powers(clean, output)
     heart = {}
     if rate == 360:  # the measures are in samples
         inside = beats[(beats >= HALF) & (beats < len(clean) - HALF)]
         cut = inside[:, None] + np.arange(-HALF, HALF)
         for name, of in (("qrs_amplitude_error", metrics.qrs_amplitude), ("st_level_error", metrics.st_level)):
             heart[name] = float(np.mean(np.abs(np.asarray(of(output[cut]) - of(clean[cut])))))
-    row = {"snr_db": snr_db(clean, output), "prd": float(100 * np.sqrt(error / signal)), **heart}
+    row = {"snr_db": float(10 * np.log10(signal / error)), "prd": float(100 * np.sqrt(error / signal)), **heart}
     if with_f1:
         matches = heartbeats.count_matches(beats, heartbeats.detect(output[:, 0], rate), rate)
         row["matches"] = matches.tolist()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
 
 from data_prep import beam, physionet
 
@@ -175,7 +176,7 @@ def build(
         the shard set's folder, and whether it was written (False: it was there, from the same source).
 
     Raises:
-        PrepareError: a record cannot be used, or the shards cannot be written.
+        PrepareError: a record cannot be used, a split is too large, or the shards cannot be written.
     """
     on_beam = pipeline is not None
     folder = Path(builder_class.name, str(builder_class.VERSION))
@@ -194,6 +195,14 @@ def build(
         shutil.rmtree(directory, ignore_errors=True)
         directory.parent.mkdir(parents=True, exist_ok=True)
         (staging / folder).rename(directory)
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        # Of more TFDS sorts the examples in files, with TensorFlow.
+        raise physionet.PrepareError(
+            f"a split of {copy.database} is beyond {shuffle.MAX_MEM_BUFFER_SIZE:,} bytes, the most that is written "
+            'without Apache Beam; pip install "ralenet_jax[beam]" and call again with --beam'
+        ) from error
     except (OSError, RuntimeError) as error:
         # array_record tells what the system refused in a RuntimeError, "…: write() failed: No space left on device; …",
         # Beam the OSError of a worker, "…: [Errno 28] No space left on device: …".

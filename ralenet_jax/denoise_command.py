@@ -31,16 +31,14 @@ def denoise_file(denoiser, path: Path, out: str | None, several: bool, options: 
         there = ", ".join(recording.names)
         raise UserError(f"{path} has no channel that looks like an ECG lead (there: {there}); choose with --leads")
     target = readers.output_path(recording, out, several)
-    before = recording.signal[:, leads]
-    # A lead without a single sample is left as it is.
-    whole = np.isfinite(before).any(0)
-    if not whole.any():
+    before = recording.channels(leads)
+    there = np.isfinite(before).any(0)
+    if not there.any():
         raise UserError(f"{path} holds no samples in {', '.join(recording.names[lead] for lead in leads)}")
-    after = before.copy()
-    after[:, whole] = denoiser(before[:, whole], recording.sampling_rate)
-    signal = recording.signal.copy()
-    signal[:, leads] = after
-    written = readers.write(recording, signal, target)
+    if not there.all():  # a lead without a single sample is left as it is
+        leads, before = [lead for lead, has_samples in zip(leads, there, strict=True) if has_samples], before[:, there]
+    after = denoiser(before, recording.sampling_rate)
+    written = readers.write(recording, after, target, leads)
     return written + _show(denoiser, recording, leads, before, after, options, several)
 
 
@@ -57,7 +55,7 @@ def _show(denoiser, recording, leads: Sequence[int], before, after, options, sev
         "units": [recording.units[lead] for lead in leads],
         "before": before,
         "after": after,
-        "beats": denoiser.find_r_peaks(after[:, np.isfinite(after).any(0)], recording.sampling_rate),
+        "beats": denoiser.find_r_peaks(after, recording.sampling_rate),
     }
     written = []
     for wanted, write, suffix in ((options.plot, report.figure, ".png"), (options.report, report.write, ".html")):
@@ -82,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ralenet denoise",
         usage="ralenet denoise IN [OUT] [options]  or  ralenet denoise IN IN ... [--out FOLDER] [options]",
-        description="Clean ECG recordings: WFDB, EDF, CSV/TSV, NPY/NPZ or WAV, of any rate from 50 to 5000 Hz, any "
+        description="Clean ECG recordings: WFDB, EDF/BDF, CSV/TSV, NPY/NPZ or WAV, of any rate from 50 to 5000 Hz, any "
         "length and any number of leads. What is no ECG lead stays as it is. Not a medical device.",
         allow_abbrev=False,
     )

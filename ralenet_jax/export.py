@@ -21,6 +21,7 @@ from typing import Any
 import flax
 import jax
 import jax.export
+import msgpack
 import numpy as np
 import safetensors.numpy
 from ml_collections import ConfigDict
@@ -32,6 +33,7 @@ from ralenet_jax.errors import UserError, reason
 TEXTS = ("config", "window", "provenance")
 _COMPARED = 5  # random windows
 _MOST_WEIGHTS = 2**12  # of a file, by number; each takes time and memory, though it may be empty
+_WIDEST = 2**9  # parts of a container in a msgpack: a module's weights and modules, an array's dimensions
 _LONGEST_NAME = 200  # of a weight, as a message tells it
 _LONGEST, _MOST_LEADS = 2**16, 2**10  # of a window that a file may claim: its model has to be built
 
@@ -182,9 +184,34 @@ def _read_npz(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _read_msgpack(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    tree = flax.serialization.msgpack_restore(path.read_bytes())
+    tree = _unpack(path.read_bytes())
     texts = {name: tree.pop(name) for name in TEXTS if name in tree}
     return texts, _flat(tree)
+
+
+def _unpack(data: bytes) -> dict[str, Any]:
+    """What Flax serialised, as `flax.serialization.msgpack_restore` gives it, of arrays and texts alone.
+
+    A byte may stand for an empty container, which takes 64 in memory, so a file may have only so many.
+    """
+    parts = 0
+
+    def count(container):
+        nonlocal parts
+        parts += 1 + len(container)
+        if parts > 4 * _MOST_WEIGHTS:
+            raise ValueError(f"more than {4 * _MOST_WEIGHTS} parts")
+        return container
+
+    limits = {"max_array_len": _WIDEST, "max_map_len": _WIDEST, "list_hook": count, "object_hook": count}
+
+    def array(code: int, packed: bytes) -> np.ndarray:
+        if code != 1:
+            raise ValueError(f"an extension {code}, which is no array")
+        shape, dtype, values = msgpack.unpackb(packed, raw=True, **limits)
+        return np.frombuffer(values, dtype).reshape(shape)
+
+    return msgpack.unpackb(data, ext_hook=array, **limits)
 
 
 _READERS = {".safetensors": _read_safetensors, ".npz": _read_npz, ".msgpack": _read_msgpack}

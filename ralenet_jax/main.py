@@ -13,13 +13,14 @@ import operator
 import os
 import runpy
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from ralenet_jax import checkpoint, evaluate, hosts, startup, train
-from ralenet_jax.errors import UserError
+from ralenet_jax.errors import UserError, reason
 from ralenet_jax.train import Interrupted, NonFiniteLoss
 
 _LONGEST = 80  # characters of what the user typed that a message repeats
@@ -46,13 +47,31 @@ def load_config(name: str, overrides: list[str] = ()) -> ConfigDict:
     """Loads a configuration by path or packaged name and applies overrides such as `noise.kind=ma`.
 
     Raises:
-        UserError: for an unknown file or key (naming the nearest), or a value of the wrong type.
+        UserError: for an unknown file or key (naming the nearest), a file that fails, or a value of the wrong type.
     """
     path = _config_file(name)
-    module = runpy.run_path(str(path))
-    if "get_config" not in module:
-        raise UserError(f"{path} has no get_config(); see configs/ralenet.py for what a configuration file holds")
-    return override(module["get_config"]().lock(), overrides)
+    try:
+        module = runpy.run_path(str(path))
+        config = module["get_config"]() if "get_config" in module else None
+    # It is the user's own program.
+    except Exception as error:
+        raise UserError(f"{path}{_line(error, str(path))}: {type(error).__name__}: {reason(error)}; mend it") from error
+    if not isinstance(config, ConfigDict):
+        told = (
+            f"has a get_config() that gives {type(config).__name__}"
+            if "get_config" in module
+            else "has no get_config()"
+        )
+        raise UserError(f"{path} {told}; see configs/ralenet.py for what a configuration file holds")
+    return override(config.lock(), overrides)
+
+
+def _line(error: Exception, path: str) -> str:
+    """The line of a file where an error came from, as far as it is known."""
+    numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        numbers.append(error.lineno)
+    return f", line {numbers[-1]}" if numbers else ""
 
 
 def saved_config(workdir: str, overrides: list[str] = ()) -> ConfigDict:

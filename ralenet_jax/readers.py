@@ -1,4 +1,4 @@
-"""Recordings of ECG in and out, for the command `ralenet denoise`: WFDB, EDF, CSV, NPY, NPZ and WAV.
+"""Recordings of ECG in and out, for the command `ralenet denoise`: WFDB, EDF, BDF, CSV, NPY, NPZ and WAV.
 
 What is written keeps all of the recording but the samples that were changed: header, other channels, annotations, type
 of number, delimiter. Nothing is fetched and nothing in a file is run.
@@ -18,7 +18,7 @@ from scipy.io import wavfile
 
 from ralenet_jax import readers_arrays, readers_csv, readers_edf, readers_wfdb
 from ralenet_jax.errors import UserError, printable, reason
-from ralenet_jax.readers_recording import SUFFIXES, Recording
+from ralenet_jax.readers_recording import SUFFIXES, Recording, blocks
 
 _DENOISED = "_denoised"  # in the name of what is written beside a recording
 
@@ -73,7 +73,7 @@ def read(path: str | Path, sampling_rate: float | None = None) -> Recording:
 
     Args:
         path: a file, or a WFDB record with or without suffix. Signals of WFDB with several samples a frame come as the
-            mean of each frame; of EDF, the signals that share the rate of the ECG leads are channels.
+            mean of each frame; of EDF and BDF, the signals that share the rate of the ECG leads are channels.
         sampling_rate: Hz, where the format has none; before the time column of a CSV.
 
     Raises:
@@ -88,18 +88,29 @@ def read(path: str | Path, sampling_rate: float | None = None) -> Recording:
         recording = _READERS[SUFFIXES[path.suffix.lower()]](path, sampling_rate)
         names, units = (tuple(map(printable, texts)) for texts in (recording.names, recording.units))
         recording = dataclasses.replace(recording, names=names, units=units)
-    rate, signal = recording.sampling_rate, recording.signal
+        _check_samples(recording)
+    rate = recording.sampling_rate
     if rate == 0 and recording.format in ("csv", "npy", "npz"):
         raise UserError(f"{path} does not tell its sampling rate; pass --rate with a number of Hz")
     if not (math.isfinite(rate) and rate > 0):
         raise UserError(f"{path} tells of {rate:g} Hz; expected a number above 0; mend it")
     if sampling_rate and abs(rate - sampling_rate) > 1e-3 * rate:
         raise UserError(f"{path} tells of {rate:g} Hz, not {sampling_rate:g}; leave out --rate")
-    if signal.shape[1] == 0 or len(signal) < 2:
-        raise UserError(f"{path} holds {signal.shape[1]} channels of {len(signal)} samples; expected 1 of 2 or more")
-    if np.isinf(signal).any() or np.isnan(signal).all():
-        raise UserError(f"{path} holds {'infinite values' if np.isinf(signal).any() else 'nothing but gaps'}; check it")
     return recording
+
+
+def _check_samples(recording: Recording) -> None:
+    path, length, channels = recording.path, recording.length, len(recording.names)
+    if channels == 0 or length < 2:
+        raise UserError(f"{path} holds {channels} channels of {length} samples; expected 1 of 2 or more")
+    has_samples = False
+    for part in blocks(length, channels):
+        rows = recording.rows(part)
+        if np.isinf(rows).any():
+            raise UserError(f"{path} holds infinite values; check it")
+        has_samples |= not np.isnan(rows).all()
+    if not has_samples:
+        raise UserError(f"{path} holds nothing but gaps; check it")
 
 
 @contextlib.contextmanager
@@ -174,14 +185,15 @@ def _refuse_input(recording: Recording, targets: Sequence[Path]) -> None:
             raise UserError(f"{target} is the recording that was read; name another output")
 
 
-def write(recording: Recording, signal: np.ndarray, path: str | Path) -> list[Path]:
+def write(recording: Recording, signal: np.ndarray, path: str | Path, leads: Sequence[int] | None = None) -> list[Path]:
     """Writes a recording with other samples; channels that equal those of the recording are kept digit by digit.
 
-    Values that the file's type of number cannot hold are clipped (EDF, WAV, NPY, NPZ) or the type is widened (WFDB).
+    Values that the file's type of number cannot hold are clipped, or the type is widened (WFDB).
 
     Args:
-        signal: `[L, channels]`, in the recording's units.
+        signal: `[L, leads]`, in the recording's units.
         path: its suffix tells the format; without one, the recording's own.
+        leads: the channels that `signal` has; all by default.
 
     Returns:
         The files that were written, each of them whole or not at all; of WFDB the header comes last.
@@ -189,19 +201,22 @@ def write(recording: Recording, signal: np.ndarray, path: str | Path) -> list[Pa
     Raises:
         UserError: if the file cannot be written; nothing is left.
     """
-    path, signal = Path(path), np.array(signal, np.float64)
-    if signal.shape != recording.signal.shape:
-        raise ValueError(f"signal of shape {signal.shape}; expected {recording.signal.shape}")
-    pairs = zip(signal.T, recording.signal.T, strict=True)
-    changed = [channel for channel, (new, old) in enumerate(pairs) if not np.array_equal(new, old, equal_nan=True)]
+    path, signal = Path(path), np.asarray(signal)
+    leads = list(range(len(recording.names)) if leads is None else leads)
+    if signal.shape != (recording.length, len(leads)):
+        raise ValueError(f"signal of shape {signal.shape}; expected {(recording.length, len(leads))}")
     kind = _kind(recording, path)
     path = path.with_suffix(".hea") if kind == "wfdb" else path
-    writer = _WRITERS[kind] if kind == recording.format else _CONVERTERS[kind]
     moved = []
     with _user_errors(f"cannot write {path}", "name another output or format"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=path.parent) as folder:
-            writer(recording, signal, changed, Path(folder) / path.name)
+            if kind == recording.format:
+                _WRITERS[kind](recording, _changed(recording, signal, leads), Path(folder) / path.name)
+            else:
+                whole = recording.signal
+                whole[:, leads] = signal
+                _CONVERTERS[kind](recording, whole, Path(folder) / path.name)
             files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
             targets = [path.with_name(file.name) for file in files]
             _refuse_input(recording, targets)
@@ -216,15 +231,29 @@ def write(recording: Recording, signal: np.ndarray, path: str | Path) -> list[Pa
     return moved
 
 
+def _changed(recording: Recording, signal: np.ndarray, leads: Sequence[int]) -> dict[int, np.ndarray]:
+    """The channels whose samples are not those of the recording."""
+    changed = np.zeros(len(leads), bool)
+    for part in blocks(recording.length, len(recording.names)):
+        old, new = recording.rows(part)[:, leads], signal[part]
+        changed |= ((old != new) & ~(np.isnan(old) & np.isnan(new))).any(0)
+    return {lead: signal[:, place] for place, lead in enumerate(leads) if changed[place]}
+
+
 _READERS = {
-    **{"wfdb": readers_wfdb.read, "edf": readers_edf.read, "csv": readers_csv.read},
+    **{"wfdb": readers_wfdb.read, "edf": readers_edf.read, "bdf": readers_edf.read, "csv": readers_csv.read},
     **{"npy": readers_arrays.read_npy, "npz": readers_arrays.read_npz, "wav": readers_arrays.read_wav},
 }
 _WRITERS = {
-    **{"wfdb": readers_wfdb.write, "edf": readers_edf.write, "csv": readers_csv.write},
+    **{"wfdb": readers_wfdb.write, "edf": readers_edf.write, "bdf": readers_edf.write, "csv": readers_csv.write},
     **{"npy": readers_arrays.write_npy, "npz": readers_arrays.write_npz, "wav": readers_arrays.write_wav},
 }
 _CONVERTERS = {
-    **{"wfdb": readers_wfdb.convert, "edf": readers_edf.convert, "csv": readers_csv.convert},
+    **{
+        "wfdb": readers_wfdb.convert,
+        "edf": readers_edf.convert,
+        "bdf": readers_edf.convert,
+        "csv": readers_csv.convert,
+    },
     **{"npy": readers_arrays.convert_npy, "npz": readers_arrays.convert_npz, "wav": readers_arrays.convert_wav},
 }

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.io import wavfile
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.readers_recording import Recording, find_leads
+from ralenet_jax.readers_recording import Recording, blocks, find_leads
 
 _MOST_PACKED, _MOST_MEMBERS = 2**24, 2**10  # of an NPZ: bytes beyond 32 times its size; arrays
 
@@ -36,13 +36,13 @@ def read_npy(path: Path, rate: float | None) -> Recording:
     return _array_recording(array, rate, path, "npy", array)
 
 
-def write_npy(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:
+def write_npy(recording: Recording, new: dict[int, np.ndarray], path: Path) -> None:
     """Writes an array of the same shape and type."""
     with path.open("wb") as file:  # by name, NumPy would add a suffix
-        np.save(file, _with_signal(recording.keep, signal, changed), allow_pickle=False)
+        np.save(file, _with(recording.keep, new), allow_pickle=False)
 
 
-def convert_npy(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:
+def convert_npy(recording: Recording, signal: np.ndarray, path: Path) -> None:
     """Writes float64 `[L, channels]`."""
     with path.open("wb") as file:
         np.save(file, signal, allow_pickle=False)
@@ -78,10 +78,10 @@ def read_npz(path: Path, rate: float | None) -> Recording:
     return recording
 
 
-def write_npz(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:
+def write_npz(recording: Recording, new: dict[int, np.ndarray], path: Path) -> None:
     """Writes the same arrays but for the signal."""
     keep = recording.keep
-    arrays = keep["arrays"] | {keep["key"]: _with_signal(keep["arrays"][keep["key"]], signal, changed)}
+    arrays = keep["arrays"] | {keep["key"]: _with(keep["arrays"][keep["key"]], new)}
     packing = zipfile.ZIP_DEFLATED if keep["packed"] else zipfile.ZIP_STORED
     with zipfile.ZipFile(path, "w", packing) as members:
         for name, array in arrays.items():
@@ -89,7 +89,7 @@ def write_npz(recording: Recording, signal: np.ndarray, changed: list[int], path
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def convert_npz(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:
+def convert_npz(recording: Recording, signal: np.ndarray, path: Path) -> None:
     """Writes the signal with its rate, names and units."""
     texts = {"names": np.array(recording.names), "units": np.array(recording.units)}
     with path.open("wb") as file:
@@ -102,12 +102,12 @@ def read_wav(path: Path, rate: float | None) -> Recording:
     return _array_recording(array, float(found), path, "wav", array)
 
 
-def write_wav(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:
+def write_wav(recording: Recording, new: dict[int, np.ndarray], path: Path) -> None:
     """Writes the same type of number."""
-    wavfile.write(path, int(recording.sampling_rate), _with_signal(recording.keep, signal, changed))
+    wavfile.write(path, int(recording.sampling_rate), _with(recording.keep, new))
 
 
-def convert_wav(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:
+def convert_wav(recording: Recording, signal: np.ndarray, path: Path) -> None:
     """Writes floats of 32 bits; refuses a rate that is no integer."""
     if not recording.sampling_rate.is_integer():
         raise UserError(f"{path}: WAV has no rate of {recording.sampling_rate:g} Hz; name an output of another format")
@@ -119,9 +119,12 @@ def _array_recording(array: np.ndarray, rate: float | None, path: Path, kind: st
     if array.dtype.kind not in "iuf" or array.ndim not in (1, 2):
         found = f"{array.dtype} {list(array.shape)}"
         raise UserError(f"{path} holds {found}; expected integers or floats of shape [L] or [L, channels]")
-    signal = np.array(_upright(array), np.float64)
-    names = tuple(f"ch{index}" for index in range(signal.shape[1]))
-    return Recording(signal, rate or 0.0, names, ("",) * len(names), tuple(range(len(names))), path, kind, keep)
+    view = _upright(array)
+    leads = tuple(range(view.shape[1]))
+    names, units = tuple(f"ch{index}" for index in leads), ("",) * len(leads)
+    return Recording(
+        lambda part: view[part].astype(np.float64), len(view), rate or 0.0, names, units, leads, path, kind, keep
+    )
 
 
 def _upright(array: np.ndarray) -> np.ndarray:
@@ -131,11 +134,12 @@ def _upright(array: np.ndarray) -> np.ndarray:
     return array.T if array.shape[0] < 32 < array.shape[1] else array
 
 
-def _with_signal(array: np.ndarray, signal: np.ndarray, changed: list[int]) -> np.ndarray:
+def _with(array: np.ndarray, new: dict[int, np.ndarray]) -> np.ndarray:
     array = array.copy()
     view = _upright(array)
-    for channel in changed:
-        view[:, channel] = _cast(signal[:, channel], view[:, channel])
+    for channel, values in new.items():
+        for part in blocks(len(view), 1):
+            view[part, channel] = _cast(values[part].astype(np.float64), view[part, channel])
     return array
 
 

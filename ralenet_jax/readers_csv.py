@@ -1,15 +1,22 @@
-"""Recordings in tables of text: CSV, TSV, blanks between the numbers, one number a line, PhysioBank's text."""
+"""Recordings in tables of text: CSV, TSV, blanks between the numbers, one number a line, PhysioBank's text.
+
+In memory are the bytes of the file and 8 for each number: four times the file where a number takes 2.7 characters.
+"""
 
 import array
 import datetime
+import functools
+import io
+import itertools
 import math
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.readers_recording import Recording, find_leads
+from ralenet_jax.readers_recording import Recording, blocks, find_leads
 
 _TIME = re.compile(
     r"(elapsed )?(time|t|s|ms|us|sec\w*|milli\w*|micro\w*|timestamp|date|datetime|sample\w*|index)\b", re.I
@@ -18,6 +25,7 @@ _COUNT = re.compile(r"(sample|index)", re.I)
 _GAPS = {"", "nan", "na", "n/a", "null", "none", "-"}
 _NUMBERED = re.compile(r",0(,\d+)*|0,1,2(,\d+)*")  # a header of Pandas: numbers of the columns
 _LONGEST_HEADER = 50  # lines of a table
+_HEAD = 2**22  # characters in which the layout shows
 _LONGEST_TITLE = 200  # characters of a column's name with its unit; the pattern takes the square of it
 _SLOWEST = 20  # Hz; below it a column of times is in a smaller unit
 _SCALES = {r"s|sec\w*": 1, r"ms|msec|milli\w*": 1e3, r"[uµμ]s|usec|micro\w*": 1e6, r"ns|nano\w*": 1e9}
@@ -86,37 +94,59 @@ def _layout(lines: list[str]) -> tuple[int, str | None, int]:
 def read(path: Path, rate: float | None) -> Recording:
     """Reads a table, whose delimiter, header and column of times are found out; a rate counts more than the times."""
     raw = path.read_bytes()
-    encoding = (
-        "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig" if raw[:3] == b"\xef\xbb\xbf" else "utf-8"
-    )
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError:
-        encoding, text = "latin-1", raw.decode("latin-1")
-    if "\0" in text:
-        raise ValueError("bytes that are no text")
-    newline = next((mark for mark in ("\r\n", "\n", "\r") if mark in text), "\n")
-    body = text.rstrip("\r\n")
-    lines = body.split(newline)
-    start, delimiter, width = _layout(lines)
+    encoding, newline = _encoding(raw)
+    head = list(_without_ends(_text(raw, encoding, newline).readlines(_HEAD), newline))
+    start, delimiter, width = _layout(head)
+    head = head[:start]
     cells = array.array("d")
-    for row, line in enumerate(lines[start:]):
+    lines = itertools.islice(_text(raw, encoding, newline), start, None)
+    for row, line in enumerate(_without_ends(lines, newline)):
         numbers = _numbers(line, delimiter)
         if numbers is None or len(numbers) != width:
             raise UserError(f"{path}, line {start + row + 1}: {line[:40]!r}; expected {width} numbers; mend that line")
         cells.extend(numbers)
     values = np.frombuffer(cells).reshape(-1, width)
-    names, units = _titles(lines[:start], delimiter, width)
+    names, units = _titles(head, delimiter, width)
     time = _time_column(values, names)
     if time is not None and rate is None:
         rate = _rate_of(values[:, time], names[time], units[time], path)
     columns = [column for column in range(width) if column != time]
     names, units = [names[column] or f"ch{column}" for column in columns], [units[column] for column in columns]
-    signal = values[:, columns]
-    leads = tuple(lead for lead in find_leads(names, units) if not np.isnan(signal[:, lead]).all())
-    keep = {"lines": lines, "start": start, "delimiter": delimiter, "columns": columns}
-    keep |= {"encoding": encoding, "newline": newline, "tail": text[len(body) :]}
-    return Recording(signal, rate or 0.0, tuple(names), tuple(units), leads, path, "csv", keep)
+    leads = tuple(lead for lead in find_leads(names, units) if not np.isnan(values[:, columns[lead]]).all())
+    keep = {"raw": raw, "encoding": encoding, "newline": newline}
+    keep |= {"start": start, "delimiter": delimiter, "columns": columns}
+    rate, names, units = rate or 0.0, tuple(names), tuple(units)
+    return Recording(lambda part: values[part, columns], len(values), rate, names, units, leads, path, "csv", keep)
+
+
+def _encoding(raw: bytes) -> tuple[str, str]:
+    """The encoding of a text and what ends its lines."""
+    is_wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+    for encoding in ("utf-16" if is_wide else "utf-8-sig" if raw[:3] == b"\xef\xbb\xbf" else "utf-8", "latin-1"):
+        text = _text(raw, encoding, "")
+        try:
+            has_null = any("\0" in piece for piece in iter(functools.partial(text.read, 2**16), ""))
+        except UnicodeDecodeError:
+            continue
+        if has_null:
+            raise ValueError("bytes that are no text")
+        return encoding, next((mark for mark in ("\r\n", "\n", "\r") if mark in (text.newlines or ())), "\n")
+
+
+def _text(raw: bytes, encoding: str, newline: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(raw), encoding, newline=newline)
+
+
+def _without_ends(lines: Iterable[str], newline: str) -> Iterator[str]:
+    """Lines without what ends them, but for blank ones at the end."""
+    blank = 0
+    for line in lines:
+        if line.strip("\r\n"):
+            yield from itertools.repeat("", blank)
+            yield line.removesuffix(newline)
+            blank = 0
+        else:
+            blank += 1
 
 
 def _titles(header: list[str], delimiter: str | None, width: int) -> tuple[list[str], list[str]]:
@@ -163,27 +193,37 @@ def _rate_of(times: np.ndarray, name: str, unit: str, path: Path) -> float | Non
     return rate
 
 
-def write(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:
+def write(recording: Recording, new: dict[int, np.ndarray], path: Path) -> None:
     """Writes the file again, with other cells where a value changed."""
     keep = recording.keep
-    start, delimiter, lines = keep["start"], keep["delimiter"], keep["lines"][:]
-    rows = [line.split(delimiter) for line in lines[start : start + 200]]
-    places = [
-        _decimals([row[column] for row in rows], signal[:, channel]) for channel, column in enumerate(keep["columns"])
-    ]
+    delimiter, newline, columns = keep["delimiter"], keep["newline"], keep["columns"]
+    text = _text(keep["raw"], keep["encoding"], newline)
+    header, lines = ([next(text) for _ in range(count)] for count in (keep["start"], min(recording.length, 200)))
+    rows = [line.removesuffix(newline).split(delimiter) for line in lines]
+    places = {channel: _decimals([row[columns[channel]] for row in rows], values) for channel, values in new.items()}
     comma = delimiter != "," and any("," in cell for row in rows for cell in row)
-    gap = "nan" if delimiter is None else ""
-    for index, values in enumerate(signal if changed else []):
-        cells = lines[start + index].split(delimiter)
-        for channel in changed:
-            column, value, old = keep["columns"][channel], values[channel], recording.signal[index, channel]
-            if not math.isnan(value) and value != old:
-                text = f"{value:.{places[channel]}f}"
-                cells[column] = text.replace(".", ",") if comma else text
-            elif math.isnan(value) and not math.isnan(old):
-                cells[column] = gap
-        lines[start + index] = (delimiter or " ").join(cells)
-    path.write_bytes((keep["newline"].join(lines) + keep["tail"]).encode(keep["encoding"]))
+    gap, text = "nan" if delimiter is None else "", itertools.chain(lines, text)
+    with path.open("w", encoding=keep["encoding"], newline="") as file:
+        file.writelines(header)
+        for part in blocks(recording.length, len(columns)):
+            old = recording.rows(part)
+            for index, line in enumerate(itertools.islice(text, part.stop - part.start)):
+                changes = {}
+                for channel, values in new.items():
+                    value, before = values[part.start + index], old[index, channel]
+                    if not math.isnan(value) and value != before:
+                        number = f"{value:.{places[channel]}f}"
+                        changes[columns[channel]] = number.replace(".", ",") if comma else number
+                    elif math.isnan(value) and not math.isnan(before):
+                        changes[columns[channel]] = gap
+                file.write(_with_cells(line, changes, delimiter, newline) if changes else line)
+        file.writelines(text)
+
+
+def _with_cells(line: str, changes: dict[int, str], delimiter: str | None, newline: str) -> str:
+    body = line.removesuffix(newline)
+    cells = [changes.get(column, cell) for column, cell in enumerate(body.split(delimiter))]
+    return (delimiter or " ").join(cells) + line[len(body) :]
 
 
 def _decimals(cells: list[str], values: np.ndarray) -> int:
@@ -196,7 +236,7 @@ def _decimals(cells: list[str], values: np.ndarray) -> int:
     return max(there, 5 - math.floor(math.log10(largest)) if largest else 0, 0)
 
 
-def convert(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:
+def convert(recording: Recording, signal: np.ndarray, path: Path) -> None:
     """Writes a table with a column of times and a line of names and units."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     pairs = zip(recording.names, recording.units, strict=True)

@@ -1,22 +1,25 @@
 """A recording as `readers` gives it, what its name tells of its format, and which of its channels are ECG.
 
-The modules of the formats have `read(path, rate)`, whose rate counts where the file has none; `write(recording, signal,
-changed, path)`, which keeps what the recording's file held besides the channels that changed; and `convert`, of the
-same arguments, for a recording that came in another format.
+The modules of the formats have `read(path, rate)`, whose rate counts where the file has none; `write(recording, new,
+path)`, which keeps what the recording's file held besides the channels that are new, {channel: samples `[L]`}; and
+`convert(recording, signal, path)` for a recording that came in another format, with all its channels.
+
+A recording holds its samples as the file does, often of 12 or 16 bits, and makes float64 of them block by block.
 """
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 SUFFIXES = {
-    **{".hea": "wfdb", ".dat": "wfdb", ".edf": "edf", ".csv": "csv", ".tsv": "csv", ".txt": "csv"},
+    **{".hea": "wfdb", ".dat": "wfdb", ".edf": "edf", ".bdf": "bdf", ".csv": "csv", ".tsv": "csv", ".txt": "csv"},
     **{".npy": "npy", ".npz": "npz", ".wav": "wav"},
 }
+_BLOCK = 2**18  # values worked on at once
 _VOLTS = {"", "v", "mv", "uv", "µv", "μv", "nv", "adu", "nu"}
 _NO_LEAD = re.compile(
     r"resp|abp|\bart|\bbp\b|pleth|ppg|sp?o2|co2|cvp|\bpap|icp|emg|eog|eeg|flow|thora|abdom|temp|pulse|\bhr\b|accel|"
@@ -30,17 +33,19 @@ class Recording:
     """A recording.
 
     Attributes:
-        signal: `[L, channels]`, in physical units; NaN where there is a gap.
+        rows: slice of samples → float64 `[n, channels]` in physical units; NaN where there is a gap.
+        length: samples, L.
         sampling_rate: Hz.
         names: of the channels.
         units: of the channels, "" where the format does not tell.
         leads: the channels that are ECG, as far as name and unit tell; may be none.
         path: of the file, for WFDB of the header.
-        format: "wfdb", "edf", "csv", "npy", "npz" or "wav".
+        format: "wfdb", "edf", "bdf", "csv", "npy", "npz" or "wav".
         keep: what `write` of the format's module needs besides.
     """
 
-    signal: np.ndarray
+    rows: Callable[[slice], np.ndarray]
+    length: int
     sampling_rate: float
     names: tuple[str, ...]
     units: tuple[str, ...]
@@ -48,6 +53,25 @@ class Recording:
     path: Path
     format: str
     keep: Any
+
+    @property
+    def signal(self) -> np.ndarray:
+        """`[L, channels]`, in physical units, float64; NaN where there is a gap. Made anew each time."""
+        return self.channels(range(len(self.names)))
+
+    def channels(self, chosen: Sequence[int]) -> np.ndarray:
+        """Some channels of `signal`, `[L, chosen]`."""
+        signal = np.empty((self.length, len(chosen)))
+        with np.errstate(all="ignore"):
+            for part in blocks(self.length, len(self.names)):
+                signal[part] = self.rows(part)[:, chosen]
+        return signal
+
+
+def blocks(length: int, width: int) -> Iterator[slice]:
+    """The parts, of even lengths but for the last, in which an array `[length, width]` is worked on."""
+    step = max(_BLOCK // max(width, 1) // 2, 1) * 2
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def find_leads(names: Sequence[str], units: Sequence[str]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import copy
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import wfdb
 from wfdb.io.header import rx_record, rx_segment, rx_signal
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.readers_recording import SUFFIXES, Recording, find_leads
+from ralenet_jax.readers_recording import SUFFIXES, Recording, blocks, find_leads
 
 _FORMATS = {"80": 8, "212": 12, "16": 16, "24": 24, "32": 32}  # that the library writes: bits of a sample
 _BITS = _FORMATS | {"8": 8, "61": 16, "160": 16, "310": 32 / 3, "311": 32 / 3, "508": 0, "516": 0, "524": 0}  # 0: FLAC
+_WIDE = {"8", "24", "32", "524"}  # whose samples come in 32 bits, those of the others in 16
 _LONGEST_LINE = 1000  # characters; the format has 255, and the library's patterns take the square of it
 _MOST_SIGNALS, _MOST_SEGMENTS = 2**10, 2**14
 _MOST_UNSEEN = 2**22  # values of a record beyond four for each byte of its files: gaps, and what FLAC leaves out
@@ -107,49 +109,62 @@ def _add_signals(found: dict[Path, None], header: Path, record: re.Match, lines:
 
 def read(path: Path, rate: float | None) -> Recording:
     """Reads a record whose header is given; refuses names that lead out of its folder."""
-    found, name = files(path), str(path.absolute().with_suffix(""))
-    try:
-        record = wfdb.rdrecord(name, physical=False)
-    except Exception as error:
-        if "cannot be converted to single segment" not in str(error):
-            raise
-        record = wfdb.rdrecord(name)  # segments of several gains
+    found = files(path)
+    record = _read_samples(path, found)
     if not record.n_sig:
         raise UserError(f"{path} holds 0 channels; expected 1 or more")
-    signal = record.p_signal if record.d_signal is None else record.dac()
-    names = [text or f"ch{index}" for index, text in enumerate(record.sig_name)]
-    units = ["" if unit in (None, "NU") else unit for unit in record.units]
+    names = tuple(text or f"ch{index}" for index, text in enumerate(record.sig_name))
+    units = tuple("" if unit in (None, "NU") else unit for unit in record.units)
     keep = {"files": found, "record": record}
-    leads = find_leads(names, units)
-    return Recording(signal, float(record.fs), tuple(names), tuple(units), leads, path, "wfdb", keep)
+    rate, leads = float(record.fs), find_leads(names, units)
+    return Recording(lambda part: _rows(record, part), record.sig_len, rate, names, units, leads, path, "wfdb", keep)
 
 
-def write(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:
+def _read_samples(path: Path, found: list[Path]) -> wfdb.Record:
+    """Reads all samples, digital ones in as few bits as hold them, or float32 of segments with several gains."""
+    name = str(path.absolute().with_suffix(""))
+    lines = [line for file in found if file.suffix == ".hea" for line in _parse(file)[1]]
+    formats = {line["fmt"] for line in lines if "fmt" in line.groupdict()}
+    digital = {"physical": False, "return_res": 32 if formats & _WIDE else 16}
+    header = wfdb.rdheader(name)
+    is_whole = isinstance(header, wfdb.MultiRecord) or not header.sig_len or not header.n_sig
+    # Format 8 counts on from the start; in FLAC the library forgets what skewed signals need beyond a part.
+    if is_whole or "8" in formats or any(header.skew):
+        try:
+            return wfdb.rdrecord(name, **digital)
+        except Exception as error:
+            if "cannot be converted to single segment" not in str(error):
+                raise
+            return wfdb.rdrecord(name, return_res=32)
+    # The library takes up to nine bytes a sample while it reads.
+    samples = None
+    for part in blocks(header.sig_len, header.n_sig):
+        read = wfdb.rdrecord(name, part.start, part.stop, **digital)
+        if samples is None:
+            record, samples = read, np.empty((header.sig_len, header.n_sig), read.d_signal.dtype)
+        samples[part] = read.d_signal
+    record.d_signal, record.sig_len = samples, header.sig_len
+    return record
+
+
+def _rows(record: wfdb.Record, part: slice) -> np.ndarray:
+    if record.d_signal is None:
+        return record.p_signal[part].astype(np.float64)
+    few = copy.copy(record)
+    few.d_signal = record.d_signal[part]
+    return few.dac()
+
+
+def write(recording: Recording, new: dict[int, np.ndarray], path: Path) -> None:
     """Writes header, signal file and what lies beside the record by its name: annotations, notes."""
     record = copy.copy(recording.keep["record"])
     if record.d_signal is None:
-        convert(recording, signal, changed, path)
+        signal = recording.signal
+        for channel, values in new.items():
+            signal[:, channel] = values
+        convert(recording, signal, path)
     else:
-        gaps, record.p_signal = np.isnan(signal), signal.copy()
-        digital = record.d_signal.copy()
-        for channel in changed:
-            values = np.rint(signal[:, channel] * record.adc_gain[channel] + record.baseline[channel])
-            digital[:, channel] = np.clip(np.nan_to_num(values), -(2**31) + 1, 2**31 - 1)
-        peak = int(np.abs(np.where(gaps, 0, digital)).max())
-        bits = max([peak.bit_length() + 1, *(_FORMATS.get(name, 16) for name in record.fmt)])
-        chosen = next(name for name, width in _FORMATS.items() if width >= bits)
-        record.fmt = [chosen] * record.n_sig
-        digital[gaps] = -(2 ** (_FORMATS[chosen] - 1))  # how WFDB marks a gap
-        record.d_signal, record.p_signal, record.record_name = digital, None, path.stem
-        record.file_name = [f"{path.stem}.dat"] * record.n_sig
-        record.sig_name, record.sig_len = list(recording.names), len(digital)
-        for field, default in (("adc_res", bits), ("adc_zero", 0), ("block_size", 0)):
-            told = getattr(record, field) or [None] * record.n_sig
-            setattr(record, field, [default if value is None else value for value in told])
-        record.base_counter = record.base_counter or None  # 0 is the default, which the library does not write
-        record.samps_per_frame, record.skew, record.byte_offset = [1] * record.n_sig, None, None
-        record.init_value, record.checksum = [int(value) for value in digital[0]], record.calc_checksum()
-        record.wrsamp(write_dir=str(path.parent))
+        _write_samples(record, recording, new, path)
     sources = recording.keep["files"]
     for file in recording.path.parent.iterdir():
         beside = file.stem == recording.path.stem and file.suffix.lower() not in SUFFIXES
@@ -157,7 +172,44 @@ def write(recording: Recording, signal: np.ndarray, changed: list[int], path: Pa
             shutil.copyfile(file, path.with_suffix(file.suffix))
 
 
-def convert(recording: Recording, signal: np.ndarray, changed: list[int], path: Path) -> None:
+def _write_samples(record: wfdb.Record, recording: Recording, new: dict[int, np.ndarray], path: Path) -> None:
+    """Writes header and signal file, of the record's own format or of one wide enough for the new values."""
+    old, parts = record.d_signal, list(blocks(recording.length, record.n_sig))
+
+    def digits(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        physical, digital = recording.rows(part), old[part].astype(np.int64)
+        for channel, values in new.items():
+            physical[:, channel] = values[part]
+            found = np.rint(physical[:, channel] * record.adc_gain[channel] + record.baseline[channel])
+            digital[:, channel] = np.clip(np.nan_to_num(found), -(2**31) + 1, 2**31 - 1)
+        return digital, np.isnan(physical)
+
+    peak = max(int(np.abs(np.where(gaps, 0, digital)).max()) for digital, gaps in map(digits, parts))
+    bits = max([peak.bit_length() + 1, *(_FORMATS.get(name, 16) for name in record.fmt)])
+    chosen = next(name for name, width in _FORMATS.items() if width >= bits)
+    record.fmt, record.record_name = [chosen] * record.n_sig, path.stem
+    record.file_name, record.sig_name = [f"{path.stem}.dat"] * record.n_sig, list(recording.names)
+    record.samps_per_frame, record.skew, record.byte_offset = [1] * record.n_sig, None, None
+    for field, default in (("adc_res", bits), ("adc_zero", 0), ("block_size", 0)):
+        told = getattr(record, field) or [None] * record.n_sig
+        setattr(record, field, [default if value is None else value for value in told])
+    record.base_counter = record.base_counter or None  # 0 is the default, which the library does not write
+    sums = np.zeros(record.n_sig, np.int64)
+    # The library takes up to 32 bytes a sample while it writes.
+    with path.with_suffix(".dat").open("wb") as file, tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        for part in parts:
+            record.d_signal, gaps = digits(part)
+            record.d_signal[gaps] = -(2 ** (_FORMATS[chosen] - 1))  # how WFDB marks a gap
+            record.wr_dat_files(write_dir=folder)
+            file.write((Path(folder) / record.file_name[0]).read_bytes())
+            sums += record.d_signal.sum(0)
+            if part.start == 0:
+                record.init_value = [int(value) for value in record.d_signal[0]]
+    record.checksum = [int(value) % 65536 for value in sums]
+    record.wrheader(str(path.parent), expanded=False)
+
+
+def convert(recording: Recording, signal: np.ndarray, path: Path) -> None:
     """Writes a record of format 16."""
     units = [re.sub(r"\s", "", unit) or "NU" for unit in recording.units]
     names = [name if recording.names.count(name) == 1 else f"{name} {i}" for i, name in enumerate(recording.names)]

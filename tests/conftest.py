@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from ralenet_jax import startup
+from ralenet_jax import readers_recording, startup
 
 # Before any backend starts: the tests see two CPU devices, whatever the machine.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -63,6 +64,27 @@ def physionet(request) -> Path:
     if not path.is_dir():
         pytest.skip(f"no databases at {path}; set RALENET_PHYSIONET to their folder")
     return path
+
+
+@pytest.fixture
+def model_alone(monkeypatch, request):
+    """Neither slow course nor highs are taken out, so that what a made-up model does is all that happens."""
+    from ralenet_jax import augment, streaming
+
+    if "outside" not in request.fixturenames:
+        monkeypatch.setattr(augment, "wander", np.zeros_like)
+        monkeypatch.setattr(streaming, "highs", lambda *_: 0.0)
+
+
+@pytest.fixture
+def outside():
+    """A test that asks for it has them taken out."""
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Recordings of a few hundred samples are worked on in several blocks."""
+    monkeypatch.setattr(readers_recording, "_BLOCK", 90)
 
 
 @pytest.fixture(scope="session")

@@ -4,37 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.signal
+from made_models import Identity, Zeros
 from ml_collections import ConfigDict
 
-from ralenet_jax import augment, denoise, export, gate, heartbeats, streaming
+from ralenet_jax import denoise, export, gate, heartbeats, streaming
 from ralenet_jax.denoise import Denoiser
 from ralenet_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("model_alone")
 RATES = [100, 128, 250, 360, 500, 1000]
 ALL, NONE = 20.0, -20.0  # scores of the gate that let all go, or nothing
-
-
-@pytest.fixture(autouse=True)
-def steady(monkeypatch, request):
-    """Neither slow course nor highs are taken out, so that what a made-up model does is all that happens."""
-    if "outside" not in request.fixturenames:
-        monkeypatch.setattr(augment, "wander", np.zeros_like)
-        monkeypatch.setattr(streaming, "highs", lambda *_: 0.0)
-
-
-@pytest.fixture
-def outside():
-    """A test that asks for it has them taken out."""
-
-
-class Identity(nn.Module):
-    def __call__(self, x, r_peak=None, r_mask=None):
-        return x
-
-
-class Zeros(nn.Module):
-    def __call__(self, x, r_peak=None, r_mask=None):
-        return jnp.zeros_like(x)
 
 
 class Smoother(nn.Module):

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -220,6 +221,27 @@ def test_an_npz_that_would_fill_the_memory_is_refused(small, tmp_path):
 def test_weights_beyond_number_are_refused(small, tmp_path, name):
     arrays = {f"params/{number}": np.zeros(0, np.float32) for number in range(5000)}
     assert re.search("500[0-9] weights", refused(save(tmp_path / f"a.{name}", small.texts(), arrays)))
+
+
+MANY = struct.pack(">I", 2**18)
+HOSTILE = {  # bytes that would take up to 60 times as many in memory
+    "empty lists": b"\xdd" + MANY + b"\x90" * 2**18,
+    "numbers": b"\xdd" + MANY + b"\x01" * 2**18,
+    "lists of empty lists": b"\xdc\x01\xff" + (b"\xdc\x01\xff" + b"\x90" * 511) * 511,
+    "lists of empty maps": b"\xdc\x01\xff" + (b"\xdc\x01\xff" + b"\x80" * 511) * 511,
+    "a shape": b"\xc9" + struct.pack(">IB", 2**18 + 6, 1) + b"\x93\xdd" + MANY + b"\x90" * 2**18,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_msgpack_of_many_parts_is_refused_before_they_are_made(tmp_path, name):
+    (tmp_path / "a.msgpack").write_bytes(HOSTILE[name])
+    tracemalloc.start()
+    told = refused(tmp_path / "a.msgpack")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert re.search(r"exceeds max|more than \d+ parts", told)
+    assert peak < 4 * len(HOSTILE[name])
 
 
 def test_a_msgpack_of_other_things_is_refused(small, tmp_path):

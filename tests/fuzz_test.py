@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from made_databases import write_lists
 from made_recordings import WAVE, other_channels, wav_file
 from readers_csv_test import TABLES
-from readers_edf_test import edf_bytes
+from readers_edf_test import bdf_bytes, edf_bytes
 from small_model import flat, save
 
 from data_prep import physionet
@@ -206,6 +206,7 @@ def sound(tmp_path_factory) -> dict[str, list[dict[str, bytes]]]:
     folder = tmp_path_factory.mktemp("sound")
     files = {"records": record_files(folder)}
     files["edf"] = [{"a.edf": edf_bytes()}, {"a.edf": edf_bytes("EDF+D", (0, 0.5, 7))}]
+    files["bdf"] = [{"a.bdf": bdf_bytes()}]
     files["csv"] = [{"a.csv": text.encode()} for text, *_ in TABLES.values()]
     arrays = [WAVE, WAVE.astype("f4").reshape(-1, 2), np.asfortranarray(WAVE.astype(">i2").reshape(2, -1))]
     files["npy"] = [{"a.npy": npy(array)} for array in arrays]
@@ -238,7 +239,7 @@ def small_is_a_model():
 def read_recording(path: Path) -> None:
     """Reads a recording, which must be whole, and writes it again."""
     readers.find([path.parent])
-    recording = readers.read(path, None if path.suffix in (".hea", ".edf", ".wav", ".npz") else 250)
+    recording = readers.read(path, None if path.suffix in (".hea", ".edf", ".bdf", ".wav", ".npz") else 250)
     length, channels = recording.signal.shape
     assert recording.signal.dtype == np.float64 and not np.isinf(recording.signal).any()
     assert length > 1 and channels == len(recording.names) == len(recording.units) > 0
@@ -292,6 +293,7 @@ READERS = {  # sound files, the file to damage (None: any), the reader
     "wfdb annotation": ("records", ".atr", read_heartbeats),
     "wfdb database": ("records", None, read_database),
     "edf": ("edf", None, read_recording),
+    "bdf": ("bdf", None, read_recording),
     "csv": ("csv", None, read_recording),
     "npy": ("npy", None, read_recording),
     "npz": ("npz", None, read_recording),

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,10 +163,24 @@ def test_unknown_configuration_names_those_that_come_with_it(name, monkeypatch):
         main.load_config(name)
 
 
-def test_file_without_a_configuration_is_refused(tmp_path):
-    (tmp_path / "mine.py").write_text("config = {}\n")
-    with pytest.raises(UserError, match=r"mine.py has no get_config\(\)"):
-        main.load_config(str(tmp_path / "mine.py"))
+FAILING = {  # what the file holds, what is told
+    "config = {}\n": r" has no get_config\(\); see",
+    "def get_config():\n    pass\n": r" has a get_config\(\) that gives NoneType; see",
+    "\n\nbw = = 1\n": ", line 3: SyntaxError: invalid syntax",
+    "import json\n\njson.loads('{')\n": ", line 3: JSONDecodeError: Expecting property name",
+    "import nothing_there\n": ", line 1: ModuleNotFoundError: No module named 'nothing_there'",
+    "def get_config():\n    return {}['seed']\n": ", line 2: KeyError: 'seed'",
+    "def get_config():\n  raise ValueError('two\\nlines')\n": ", line 2: ValueError: two; mend it",
+    "\0": ": [A-Za-z]+: source code string cannot contain null bytes",
+}
+
+
+@pytest.mark.parametrize("text", FAILING)
+def test_file_that_fails_is_one_line_with_the_place(tmp_path, capsys, text):
+    (tmp_path / "mine.py").write_text(text)
+    assert main.main([f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run"]) == 2
+    assert re.fullmatch(rf"ralenet: error: {tmp_path}/mine.py{FAILING[text]}[^\n]*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_folder_of_a_configuration_s_name_does_not_hide_it(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from scipy.io import wavfile
 
 from ralenet_jax import readers
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 
 @pytest.mark.parametrize("dtype", ["f2", "<f4", ">f8", "u1", "i2", ">i4", "i8"])
 @pytest.mark.parametrize("shape", [(500,), (500, 3), (3, 500)])

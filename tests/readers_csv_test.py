@@ -9,6 +9,7 @@ from made_recordings import WAVE, refusal
 
 from ralenet_jax import readers
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
 LINES = np.round(np.stack([np.sin(np.arange(40) / 5), np.cos(np.arange(40) / 7) * 2], 1), 3)
 
 
@@ -106,6 +107,27 @@ def test_a_single_column_keeps_blank_lines_as_gaps(tmp_path):
     np.testing.assert_array_equal(recording.signal[:, 0], [np.nan, np.nan, 1, np.nan, 3])
     readers.write(recording, recording.signal * 2, tmp_path / "b.txt")
     assert (tmp_path / "b.txt").read_text() == "nan\nnan\n2.00000\n\n6.00000\n\n"
+
+
+def test_blanks_between_cells_of_lines_without_a_change_are_kept(tmp_path):
+    (tmp_path / "a.txt").write_text("1  2\r\n 9\t4\r\n5  6\r\n\r\n")
+    recording = readers.read(tmp_path / "a.txt", 250)
+    signal = recording.signal
+    signal[2, 1] = 7
+    readers.write(recording, signal, tmp_path / "b.txt")
+    assert (tmp_path / "b.txt").read_bytes() == b"1  2\r\n 9\t4\r\n5 7.00000\r\n\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "latin-1"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_encodings_and_ends_of_lines_are_kept(tmp_path, encoding, newline):
+    text = newline.join(["II (µV);Größe", *("1;2" for _ in range(300)), "", ""])
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    recording = readers.read(tmp_path / "a.csv", 250)
+    assert (recording.names, recording.signal.shape) == (("II", "Größe"), (300, 2))
+    readers.write(recording, recording.signal + [0, 0.5], tmp_path / "b.csv")
+    expected = text.replace("1;2", "1;2.50000").encode(encoding)
+    assert (tmp_path / "b.csv").read_bytes() == expected
 
 
 BAD = {  # files, the first of which is read; what is told

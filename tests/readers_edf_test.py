@@ -3,6 +3,7 @@
 import re
 import struct
 
+import edfio
 import numpy as np
 import pytest
 from made_recordings import WAVE, refusal
@@ -10,8 +11,13 @@ from made_recordings import WAVE, refusal
 from ralenet_jax import readers
 from ralenet_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
 LABELS = ("ECG I", "SpO2", "Resp", "EDF Annotations")
 COUNTS = (100, 1, 100, 30)  # samples in a data record of half a second
+
+
+def packed(values, width=2):
+    return b"".join(int(value).to_bytes(width, "little", signed=True) for value in values)
 
 
 def edf_bytes(reserved="EDF+C", onsets=(0, 0.5, 1), records=3):
@@ -61,6 +67,40 @@ def test_edf_changes_nothing_but_the_samples_of_the_lead(tmp_path):
         start = 256 * 5 + record * 2 * sum(COUNTS)
         expected[start : start + 200] = values.astype("<i2").tobytes()
     assert (tmp_path / "new.edf").read_bytes() == bytes(expected)
+
+
+def bdf_bytes():
+    """A BDF file by hand: an ECG of 150 Hz and a status, in three data records of a second."""
+    columns = [
+        *((("ECG", "Status"), 16), (("", "Triggers"), 80), (("uV", "Boolean"), 8), (("-262144", "-8388608"), 8)),
+        *((("262144", "8388607"), 8), (("-8388608", "-8388608"), 8), (("8388607", "8388607"), 8), (("", ""), 80)),
+        *((("150", "150"), 8), (("", ""), 32)),
+    ]
+    head = b"\xffBIOSEMI" + b"X".ljust(80) + b"X".ljust(80) + b"02.02.2110.11.12768     24BIT".ljust(68)
+    head += b"3       1       2   " + "".join(value.ljust(width) for row, width in columns for value in row).encode()
+    parts = (packed(values[150 * record :][:150], 3) for record in range(3) for values in (WAVE * 4001, WAVE % 7 - 9))
+    return head + b"".join(parts)
+
+
+def test_bdf_has_24_bits_and_keeps_the_other_channel(tmp_path):
+    (tmp_path / "a.bdf").write_bytes(bdf_bytes())
+    recording = readers.read(tmp_path / "a.bdf")
+    assert (recording.names, recording.units, recording.leads) == (("ECG", "Status"), ("uV", "Boolean"), (0,))
+    assert (recording.sampling_rate, recording.format) == (150, "bdf")
+    found = [signal.data for signal in edfio.read_bdf(tmp_path / "a.bdf").signals]
+    np.testing.assert_array_equal(recording.signal.T, found)
+    np.testing.assert_allclose(found[0], WAVE[:450] * 4001 / 32, atol=0.04)
+    readers.write(recording, recording.signal, tmp_path / "same.bdf")
+    assert (tmp_path / "same.bdf").read_bytes() == bdf_bytes()
+    lead = recording.signal[:, :1] + 10 * 524288 / (2**24 - 1)
+    lead[7], lead[151] = np.nan, 1e9
+    readers.write(recording, lead, tmp_path / "new.bdf", [0])
+    expected = bytearray(bdf_bytes())
+    values = WAVE[:450] * 4001 + 10
+    values[7], values[151] = WAVE[7] * 4001, 2**23 - 1
+    for record in range(3):
+        expected[768 + 900 * record : 768 + 900 * record + 450] = packed(values[150 * record :][:150], 3)
+    assert (tmp_path / "new.bdf").read_bytes() == bytes(expected)
 
 
 def test_edf_with_interruptions_is_refused_and_without_is_not(tmp_path):

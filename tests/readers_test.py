@@ -15,7 +15,8 @@ from ralenet_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "suffix, precision", [("hea", 1e-4), ("edf", 1e-4), ("csv", 1e-6), ("npz", 0), ("npy", 0), ("wav", 1e-6)]
+    "suffix, precision",
+    [("hea", 1e-4), ("edf", 1e-4), ("bdf", 1e-6), ("csv", 1e-6), ("npz", 0), ("npy", 0), ("wav", 1e-6)],
 )
 @pytest.mark.parametrize("length", [450, 499])
 def test_a_recording_is_written_in_another_format(tmp_path, suffix, precision, length):
@@ -36,6 +37,17 @@ def test_a_recording_is_written_in_another_format(tmp_path, suffix, precision, l
     assert again.sampling_rate == 360
     if suffix not in ("npy", "wav"):
         assert (again.names, again.units) == (("II", "V1"), ("mV", "mV"))
+
+
+def test_the_leads_alone_are_given(tmp_path):
+    recording = readers.read(other_channels(tmp_path))
+    readers.write(recording, recording.channels([2, 0]) + [0, 0.25], tmp_path / "new.hea", [2, 0])
+    readers.write(recording, recording.channels([2, 0]) + [0, 0.25], tmp_path / "new.npy", [2, 0])
+    before, after = (np.fromfile(tmp_path / name, "<i2").reshape(-1, 3) for name in ("r.dat", "new.dat"))
+    np.testing.assert_array_equal(after, before + [250, 0, 0])
+    np.testing.assert_array_equal(np.load(tmp_path / "new.npy"), recording.signal + [0.25, 0, 0])
+    with pytest.raises(ValueError, match="shape"):
+        readers.write(recording, recording.signal, tmp_path / "more.hea", [0])
 
 
 def test_a_name_without_suffix_takes_the_format_of_the_recording(tmp_path):

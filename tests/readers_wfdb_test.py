@@ -1,5 +1,6 @@
 """Records of PhysioNet, by hand and by its library: digital values, header, annotations, segments; what is refused."""
 
+import math
 import re
 
 import numpy as np
@@ -65,6 +66,7 @@ def test_wfdb_leads_are_told_by_unit_and_name_and_the_time_is_kept(tmp_path):
     assert (record.adc_gain, record.baseline, record.comments) == ([1000, 20, 500], [3, -100, 7], ["of ours"])
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("fmt", ["80", "212", "16", "24", "32"])
 def test_wfdb_formats_come_back_with_their_gaps(tmp_path, fmt):
     signal = np.stack([WAVE / 1000, WAVE / 900], 1)
@@ -90,6 +92,7 @@ def test_wfdb_formats_that_are_not_written_become_16(tmp_path, fmt, encode):
     np.testing.assert_array_equal(np.fromfile(tmp_path / "new.dat", "<i2"), WAVE + 100)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_wfdb_values_that_do_not_fit_widen_the_format(tmp_path):
     packed = np.stack([WAVE, WAVE - 100], 1).astype("<i2")
     packed[3, 1] = -(2**15)  # a gap
@@ -106,6 +109,7 @@ def test_wfdb_values_that_do_not_fit_widen_the_format(tmp_path):
     assert "24 100.0(0)/mV 12" in (tmp_path / "new.hea").read_text()
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_wfdb_offset_skew_and_frames_are_resolved(tmp_path):
     frames = np.stack([WAVE, WAVE + 4, WAVE * 2], 1).astype("<i2")  # two samples a frame, one a frame
     text = "r 2 250 500\nr.dat 16x2+8 100\nr.dat 16+8 100\n"
@@ -120,6 +124,22 @@ def test_wfdb_offset_skew_and_frames_are_resolved(tmp_path):
     np.testing.assert_array_equal(again.signal, skewed.signal)
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("fmt", ["8", "61", "80", "160", "16", "212", "24", "32", "310", "311", "508", "516", "524"])
+@pytest.mark.parametrize("told", ["r 3 250 333", "r 3 250"])
+def test_wfdb_reads_in_blocks_what_its_library_reads_at_once(tmp_path, fmt, told):
+    rows = np.random.default_rng(0).integers(-128, 128, (333, 3))
+    if fmt.startswith("5"):
+        given = {"fmt": [fmt] * 3, "adc_gain": [1.0] * 3, "baseline": [0] * 3, "write_dir": str(tmp_path)}
+        wfdb.wrsamp("r", 250, ["mV"] * 3, ["I", "II", "III"], d_signal=rows, **given)
+    else:
+        size = {"8": 1, "80": 1, "212": 1.5, "24": 3, "32": 4, "310": 4 / 3, "311": 4 / 3}.get(fmt, 2)
+        (tmp_path / "r.dat").write_bytes((rows.astype("i1").tobytes() * 4)[: math.ceil(999 * size)])
+        (tmp_path / "r.hea").write_text(f"{told}\n" + f"r.dat {fmt} 100 12 0 5\n" * 3)
+    np.testing.assert_array_equal(readers.read(tmp_path / "r.hea").signal, wfdb.rdrecord(str(tmp_path / "r")).p_signal)
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_a_record_of_several_files_and_formats_becomes_one_file(tmp_path):
     text = "r 2 250 500\na.dat 16 100/mV 12 0 0 0 0 I\nb.dat 80 10/mmHg 8 0 0 0 0 ABP\n"
     low = WAVE // 10

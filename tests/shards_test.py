@@ -1,4 +1,5 @@
 import hashlib
+import importlib.util
 import json
 import resource
 import struct
@@ -172,6 +173,15 @@ def test_a_full_disk(tmp_path):
     )
     assert tree(tmp_path / "data") == {}
     assert build(tmp_path, tmp_path / "data", "nstdb")[1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow makes it possible")
+def test_a_split_too_large_without_beam(tmp_path, monkeypatch):
+    write_nstdb(tmp_path)
+    monkeypatch.setattr(tfds.core.shuffle, "MAX_MEM_BUFFER_SIZE", 1000)
+    with pytest.raises(PrepareError, match=r"^a split of nstdb 1.0.0 is beyond 1,000 bytes.*\[beam\].* --beam$"):
+        build(tmp_path, tmp_path / "data", "nstdb")
+    assert tree(tmp_path / "data") == {}
 
 
 def test_no_tensorflow(tmp_path):

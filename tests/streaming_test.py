@@ -4,36 +4,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_models import Identity, Zeros
 
-from ralenet_jax import augment, streaming
+from ralenet_jax import streaming
 from ralenet_jax.denoise import Denoiser
 from ralenet_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("model_alone")
 RATES = [50, 100, 128, 250, 360, 500, 1000, 333.3]
 CHUNKS = [1, 7, 256, 1000, "random"]
-
-
-@pytest.fixture(autouse=True)
-def steady(monkeypatch, request):
-    """Neither slow course nor highs are taken out, so that what a made-up model does is all that happens."""
-    if "outside" not in request.fixturenames:
-        monkeypatch.setattr(augment, "wander", np.zeros_like)
-        monkeypatch.setattr(streaming, "highs", lambda *_: 0.0)
-
-
-@pytest.fixture
-def outside():
-    """A test that asks for it has them taken out."""
-
-
-class Identity(nn.Module):
-    def __call__(self, x, r_peak=None, r_mask=None):
-        return x
-
-
-class Zeros(nn.Module):
-    def __call__(self, x, r_peak=None, r_mask=None):
-        return jnp.zeros_like(x)
 
 
 class Peaky(nn.Module):
