@@ -148,14 +148,13 @@ def digest(directory: Path) -> str:
 
 
 def is_current(builder: Builder, directory: Path) -> bool:
-    """Tells whether a finished shard set in `directory` came from the builder's very source."""
+    """Tells whether a finished shard set in `directory` came from the builder's very source and is undamaged."""
     try:
         metadata = json.loads((directory / "metadata.json").read_text())
-        splits = tfds.builder_from_directory(directory).info.splits.values()
+        same_source = {key: metadata.get(key) for key in builder.provenance()} == builder.provenance()
+        return same_source and digest(directory) == metadata["digest"]
     except Exception:  # nothing there, or whatever reading a damaged set met
         return False
-    shards_exist = all(Path(path).is_file() for split in splits for path in split.filepaths)
-    return shards_exist and {key: metadata.get(key) for key in builder.provenance()} == builder.provenance()
 
 
 def build(

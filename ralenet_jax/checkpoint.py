@@ -5,6 +5,7 @@ Kept are the newest checkpoint (to resume from) and the best by validation SNR (
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -21,10 +22,10 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from configs import ralenet as default_config
-from ralenet_jax.errors import UserError, reason
+from ralenet_jax.errors import UserError, reason, writing
 
 STARTS = "starts.json"
-_METRIC = "snr_db"
+_METRIC, _DIGEST = "snr_db", "digest"
 # What may differ between a run and its continuation: where data lies, what it runs on, how long, how it is tested.
 # A base is read before the first step and never again.
 _MAY_CHANGE = (
@@ -190,11 +191,25 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics[_METRIC]
 
 
-class Checkpointer:
-    """Checkpoints of the run in `workdir`. A context manager: leaving it waits for what is being written."""
+def _digest(state: Any, metrics: dict[str, float] | None) -> str:
+    """SHA-256 of what a checkpoint holds. Orbax itself would take a changed byte of an array for a number."""
+    found = hashlib.sha256(json.dumps(metrics).encode())
+    for leaf in map(np.asarray, jax.tree.leaves(state)):
+        found.update(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
+    return found.hexdigest()
 
-    def __init__(self, workdir: str | Path):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+
+class Checkpointer:
+    """Checkpoints of the run in `workdir`. A context manager: leaving it waits for what is being written.
+
+    With `read_only` nothing is changed there: a training may be under way, or the folder not be ours.
+
+    Raises:
+        UserError: if they cannot be read or written.
+    """
+
+    def __init__(self, workdir: str | Path, read_only: bool = False):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads; what failed is raised too
         policies = [
             preservation_policy.LatestN(1),
             preservation_policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
@@ -202,28 +217,41 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             best_fn=_score,  # without it the metrics are not written, and a resumed run does not know its best
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self.directory = _directory(workdir)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with writing(self.directory):
+            try:
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+                self.best_step  # noqa: B018 (it reads all measures)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"a metrics/metrics in {self.directory} cannot be read ({reason(error)}); delete the checkpoint "
+                    "that it is of, or start in a new --workdir"
+                ) from error
 
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *_):
-        self._manager.close()
+        with writing(self.directory, Exception):
+            self._manager.close()
 
     def save(self, state: Any, snr_db: float | None) -> None:
         """Saves the state under its step, with the validation SNR in dB if it was measured there."""
         metrics = None if snr_db is None else {_METRIC: snr_db}
         step = int(state.step)
+        custom = {_DIGEST: _digest(state, metrics)}
         if jax.process_count() > 1:
             state = jax.tree.map(_over_processes, state)
-        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+        with writing(self.directory, Exception):
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, custom_metadata=custom)
 
     def wait(self) -> None:
         """Waits until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        with writing(self.directory, Exception):
+            self._manager.wait_until_finished()
 
     @property
     def latest_step(self) -> int | None:
@@ -248,7 +276,11 @@ class Checkpointer:
             raise UserError(f"no checkpoint of step {step} in {self.directory} (there: {steps}); train first")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            saved = (self._manager.metadata(step).custom_metadata or {}).get(_DIGEST)  # an older one has none
+            if saved not in (None, _digest(state, self._manager.metrics(step))):
+                raise ValueError("it is not what was saved")
+            return state
         except Exception as error:
             raise UserError(
                 f"the checkpoint of step {step} in {self.directory} cannot be read "

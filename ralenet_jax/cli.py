@@ -3,7 +3,10 @@
 import argparse
 import difflib
 import importlib
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from ralenet_jax import __version__
@@ -36,13 +39,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _leave(*_) -> None:
+    """Ends while modules load: there is nothing to save, and libraries would make an ImportError of Ctrl-C."""
+    os.write(2, b"ralenet: interrupted\n")
+    os._exit(130)
+
+
+def _change_interrupt(old, new) -> None:
+    """Changes what Ctrl-C does, if that is ours to say: in the main thread, and where no caller has settled it."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is old:
+        signal.signal(signal.SIGINT, new)
+
+
 def _dispatch(argv: Sequence[str]) -> int:
     command = _parser().parse_args(argv[:1]).command
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown command {command!r}; did you mean {nearest!r}? (commands: {', '.join(COMMANDS)})")
     module, arguments, _ = COMMANDS[command]
-    return importlib.import_module(module).main([*arguments, *argv[1:]])
+    _change_interrupt(signal.default_int_handler, _leave)
+    try:
+        loaded = importlib.import_module(module)
+    finally:
+        _change_interrupt(_leave, signal.default_int_handler)
+    return loaded.main([*arguments, *argv[1:]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,13 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 good, 1 failed in work, 2 bad input (one line on stderr), 130 interrupted.
     """
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        code = _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"ralenet: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ralenet: interrupted", file=sys.stderr)
-        return 130
+        code = 130
+    if code == 130:  # all is done: another Ctrl-C need not be told where in Python's own ending it came
+        _change_interrupt(signal.default_int_handler, signal.SIG_DFL)
+    return code
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ralenet_jax import augment, checkpoint, input_pipeline, noise, optim, provenance, steps, writer
 from ralenet_jax import state as train_state
-from ralenet_jax.errors import UserError
+from ralenet_jax.errors import UserError, writing
 
 RESULT = "evaluation.json"
 _COLUMNS = ("snr_db", "snr_improvement_db", "pooled_snr_db", "rmse", "prd", "ssd", "mad", "cosine")
@@ -92,7 +92,7 @@ def restore_state(
     model = train_state.model_from_config(config, steps.AXIS)
     # Evaluation needs no optimiser, but the checkpoint holds its state, whose shapes do not depend on the total.
     optimizer = optim.build_optimizer(config, 1, model)
-    with checkpoint.Checkpointer(workdir) as saved:
+    with checkpoint.Checkpointer(workdir, read_only=True) as saved:
         steps_by_name = {"last": saved.latest_step, "best": saved.best_step}
         if which not in steps_by_name and not which.isdecimal():
             raise UserError(f"checkpoint {which!r}; expected last, best or the number of a step")
@@ -259,7 +259,8 @@ def _measure(config, eval_step, variables, windows, split, devices) -> dict[str,
 
 
 def _write(result: dict[str, Any], workdir: str | Path, log: Callable[[str], None]) -> None:
-    checkpoint.write_json(Path(workdir) / RESULT, result)
+    with writing(workdir):
+        checkpoint.write_json(Path(workdir) / RESULT, result)
     log(f"written to {Path(workdir) / RESULT}")
 
 

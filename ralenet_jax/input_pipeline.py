@@ -4,6 +4,7 @@ All windows of mitdb fit in memory (113 MB as ADC integers), so they are read on
 the seed and the step alone, so a resumed run sees the batches that an uninterrupted one does.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from ralenet_jax import noise, recordings
-from ralenet_jax.errors import UserError
+from ralenet_jax.errors import UserError, reason
 
 # Records of DS1 that never train: they validate under the honest protocol.
 VALIDATION_RECORDS = ("109", "116", "124", "205", "223")
@@ -65,26 +66,45 @@ class Windows:
         return (self.signal - self.baseline[:, None].astype(np.float32)) / self.gain[:, None]
 
 
+@contextlib.contextmanager
+def _whole(folder: str | Path) -> Iterator[None]:
+    """Raises `UserError` for shards that are damaged: TFDS and array_record raise whatever their reading met."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the shards in {folder} cannot be read ({reason(error)}); run `ralenet prepare` again, "
+            "which writes them anew where they are damaged"
+        ) from error
+
+
 def open_shards(data_dir: str | Path, name: str) -> tfds.core.DatasetBuilder:
-    """Opens the newest prepared version of a database; raises `UserError` where there is none."""
+    """Opens the newest prepared version of a database; raises `UserError` where there is none, or a damaged one."""
     versions = sorted(path.parent for path in Path(data_dir).glob(f"{name}/*/dataset_info.json"))
     if not versions:
         raise UserError(
             f"no prepared {name} below {data_dir}; run `ralenet prepare --data-dir {data_dir}`, or name the folder "
             "that has it (--data-dir)"
         )
-    return tfds.builder_from_directory(versions[-1])
+    with _whole(versions[-1]):
+        builder = tfds.builder_from_directory(versions[-1])
+        if missing := {"source", "digest"} - set(builder.info.metadata):
+            raise ValueError(f"metadata.json has no {min(missing)}")
+        return builder
 
 
 def read_windows(builder: tfds.core.DatasetBuilder, ids: np.ndarray) -> Windows:
     """Reads the windows with these places in `ds1+ds2+paced` (mitdb) or `train+test` (ludb), in this order."""
-    source = builder.as_data_source("+".join(split_sizes(builder)))
     names = [name for name in ("signal", "gain", "baseline", "record", "symbol") if name in builder.info.features]
     columns = {name: [] for name in names}
-    for start in range(0, len(ids), _READ_AT_ONCE):
-        for example in source.__getitems__(ids[start : start + _READ_AT_ONCE].tolist()):
-            for name in names:
-                columns[name].append(example[name])
+    with _whole(builder.data_path):
+        source = builder.as_data_source("+".join(split_sizes(builder)))
+        for start in range(0, len(ids), _READ_AT_ONCE):
+            for example in source.__getitems__(ids[start : start + _READ_AT_ONCE].tolist()):
+                for name in names:
+                    columns[name].append(example[name])
     text = {name: np.array(columns.pop(name)).astype("U") for name in ("record", "symbol") if name in names}
     arrays = {name: np.stack(values) for name, values in columns.items()}
     of_each_lead = (len(ids), arrays["signal"].shape[2])
@@ -139,7 +159,8 @@ def _read_recordings(config: ConfigDict, builder: tfds.core.DatasetBuilder, spli
     def chosen(record: str) -> bool:
         return split == "test" or (record in VALIDATION_RECORDS) == (split == "validation")
 
-    return recordings.read(builder, "ds2" if split == "test" else "ds1", chosen)
+    with _whole(builder.data_path):
+        return recordings.read(builder, "ds2" if split == "test" else "ds1", chosen)
 
 
 def read_split(config: ConfigDict, split: str) -> Windows | recordings.Recordings:
@@ -179,7 +200,8 @@ def read_noise(config: ConfigDict) -> np.ndarray:
     builder = open_shards(config.data.dir, "nstdb")
     if missing := [name for name in noise.RECORDINGS if name not in builder.info.splits]:
         raise UserError(f"{builder.info.full_name} below {config.data.dir} has no {missing[0]}; prepare all of nstdb")
-    examples = [builder.as_data_source(name)[0] for name in noise.RECORDINGS]
+    with _whole(builder.data_path):
+        examples = [builder.as_data_source(name)[0] for name in noise.RECORDINGS]
     length = min(len(example["signal"]) for example in examples)
     found = [
         (example["signal"][:length] - example["baseline"].astype(np.float32)) / example["gain"].astype(np.float32)

@@ -18,7 +18,7 @@ from ralenet_jax import (
     startup,
     train,
 )
-from ralenet_jax.errors import UserError
+from ralenet_jax.errors import UserError, writing
 from ralenet_jax.reproduce_cells import TABLES, Cell
 
 _CLASSIFY = "classify"  # made of classifiers, not of cells
@@ -40,17 +40,19 @@ def reproduce(
         What `table.json` holds.
 
     Raises:
-        UserError: for unknown cells, bad settings, data that is not there, or another run in a cell's folder.
+        UserError: for unknown cells, bad settings, data that is not there, another run in a cell's folder, or a full
+            disk.
         Interrupted: after SIGINT or SIGTERM; the same call goes on from there.
     """
     wanted = reproduce_cells.cells(table, only)
-    result = _written(table, workdir, overrides)
-    for cell in wanted:
-        config = reproduce_cells.config_of(cell, workdir, overrides)
-        if reproduce_cells.result_of(cell, workdir, config) is None:
-            reproduce_cells.make(cell, workdir, overrides, log)
-            result = _written(table, workdir, overrides)
-    _draw(table, workdir, overrides, result, log)
+    with writing(workdir):
+        result = _written(table, workdir, overrides)
+        for cell in wanted:
+            config = reproduce_cells.config_of(cell, workdir, overrides)
+            if reproduce_cells.result_of(cell, workdir, config) is None:
+                reproduce_cells.make(cell, workdir, overrides, log)
+                result = _written(table, workdir, overrides)
+        _draw(table, workdir, overrides, result, log)
     log(f"written to {Path(workdir) / table}: table.json, table.md, table.png, windows.png")
     return result
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ralenet_jax import base_model, checkpoint, evaluate, hosts, input_pipeline, optim, provenance, steps
 from ralenet_jax import state as train_state
-from ralenet_jax.errors import UserError
+from ralenet_jax.errors import UserError, writing
 from ralenet_jax.writer import Silent, Writer
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -199,13 +199,14 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         {"step": last step, "validation": its measures, or None if the run was finished before}.
 
     Raises:
-        UserError: for a configuration or data that cannot be trained, or a work directory of another run or in use.
+        UserError: for a configuration or data that cannot be trained, a work directory of another run or in use, a
+            checkpoint that is damaged, or a full disk.
         NonFiniteLoss: with the step and the last good checkpoint.
         Interrupted: after SIGINT or SIGTERM, the state being saved.
     """
     _check(config)
     run = hosts.together(lambda: _Run(config), config.distributed.start_timeout_s)
-    with _claimed(run, workdir), checkpoint.Checkpointer(workdir) as saved, _Stop() as stop:
+    with writing(workdir), _claimed(run, workdir), checkpoint.Checkpointer(workdir) as saved, _Stop() as stop:
         step = saved.latest_step or 0
         hosts.require_same(str(step), f"it sees other checkpoints in {workdir}; all need one that they share")
         if step:
@@ -213,8 +214,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         if step < run.total_steps and hosts.is_first():
             _note_start(run, workdir, step)
         bar = _Progress(step, run.total_steps, run.epoch_steps, run.batch_size)
-        writing = Writer(workdir, step) if hosts.is_first() else Silent()
-        with writing as writer, bar as progress, hosts.bound_together():
+        log = Writer(workdir, step) if hosts.is_first() else Silent()
+        with log as writer, bar as progress, hosts.bound_together():
             progress.line(_greeting(run, workdir, step))
             if step < run.total_steps:
                 run.compile_together(step)

@@ -1,17 +1,20 @@
 """Scalars of a run: JSON lines in `metrics.jsonl`, and TensorBoard event files."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 
 def read_history(workdir: str | Path) -> list[dict[str, Any]]:
     """All lines of `metrics.jsonl`, each with its "step"; a line cut by a kill is left out."""
     path = Path(workdir) / "metrics.jsonl"
     history = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             history.append(json.loads(line))
         except json.JSONDecodeError:
@@ -42,7 +45,11 @@ class Writer:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self._path)
         self._lines = self._path.open("a")
-        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+        folder = Path(workdir) / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies of a full disk or a clock set back, and then its queue fills up and blocks.
+        self._events = EventsWriter(str(folder / "events"))
+        self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def __enter__(self) -> "Writer":
         return self
@@ -56,6 +63,10 @@ class Writer:
         named = {f"{part}/{name}": float(value) for name, value in scalars.items()}
         self._lines.write(json.dumps({"step": step} | named) + "\n")
         self._lines.flush()
-        for name, value in named.items():
-            self._events.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in named.items()]
+        self._add(Event(step=step, summary=Summary(value=values)))
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
         self._events.flush()

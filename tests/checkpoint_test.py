@@ -146,6 +146,63 @@ def test_damaged_or_unlike_checkpoint_is_a_user_s_error(tmp_path, damaged, shape
     assert done.stdout.count("\n") == 1
 
 
+def test_a_changed_number_is_not_taken_for_what_was_saved(tmp_path):
+    """Orbax alone reads most of them without a word."""
+    state = TrainState(jnp.asarray(10), {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}, {}, ())
+    with checkpoint.Checkpointer(tmp_path) as saved:
+        saved.save(state, 5.0)
+    path = max((tmp_path / "checkpoints/10").rglob("d/*"), key=lambda path: path.stat().st_size)
+    sound = path.read_bytes()
+    for place in range(200, len(sound), 2000):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        with checkpoint.Checkpointer(tmp_path) as saved, pytest.raises(UserError, match="step 10 in .* cannot be read"):
+            saved.restore(state)
+    path.write_bytes(sound)
+    scores = tmp_path / "checkpoints/10/metrics/metrics"
+    scores.write_text(scores.read_text().replace("5", "9"))
+    with checkpoint.Checkpointer(tmp_path) as saved, pytest.raises(UserError, match=r"\(it is not what was saved\)"):
+        saved.restore(state)
+
+
+def test_a_checkpoint_of_before_there_were_digests_is_taken(tmp_path):
+    save(tmp_path, 5.0)
+    path = tmp_path / "checkpoints/10/_CHECKPOINT_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {}}))
+    with checkpoint.Checkpointer(tmp_path) as saved:
+        assert_equal(saved.restore(state_at(0)), state_at(10))
+
+
+def test_damaged_measures_are_a_user_s_error(tmp_path):
+    save(tmp_path, 5.0)
+    for text in ('{"snr_db": 5', '{"snr_da": 5.0}'):
+        (tmp_path / "checkpoints/10/metrics/metrics").write_text(text)
+        with pytest.raises(UserError, match="^a metrics/metrics in .*checkpoints cannot be read [^\n]*$"):
+            checkpoint.Checkpointer(tmp_path)
+
+
+def test_who_only_reads_leaves_a_training_s_unfinished_checkpoint_alone(tmp_path):
+    save(tmp_path, 5.0)
+    (tmp_path / "checkpoints/20.orbax-checkpoint-tmp").mkdir()
+    with checkpoint.Checkpointer(tmp_path, read_only=True) as saved:
+        assert (saved.latest_step, saved.best_step) == (10, 10)
+        assert_equal(saved.restore(state_at(0)), state_at(10))
+    assert (tmp_path / "checkpoints/20.orbax-checkpoint-tmp").exists()
+    with checkpoint.Checkpointer(tmp_path / "new", read_only=True) as saved:
+        assert saved.latest_step is None
+    assert not (tmp_path / "new").exists()
+
+
+def test_full_disk_is_a_user_s_error(tmp_path, monkeypatch):
+    with checkpoint.Checkpointer(tmp_path) as saved:
+        for error in (
+            ValueError("RESOURCE_EXHAUSTED: Error writing: Failed to write 9 bytes: … [os_error_code='28']"),
+            OSError(28, "No space left on device", "file"),
+        ):
+            monkeypatch.setattr(saved._manager, "save", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+            with pytest.raises(UserError, match=f"^cannot write in {tmp_path}/checkpoints: No space left on device; "):
+                saved.save(state_at(10), 5.0)
+
+
 def test_checkpoint_of_another_model_is_a_user_s_error(tmp_path):
     save(tmp_path, 5.0)
     target = state_at(0)

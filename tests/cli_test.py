@@ -118,8 +118,23 @@ def test_errors_of_a_user_are_one_line(monkeypatch, capsys, error, code, line):
         raise error
 
     fake_command(monkeypatch, "train", fail)
+    monkeypatch.setattr(cli, "_change_interrupt", lambda *_: None)  # pytest's own
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == f"ralenet: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "ends", ["raise ImportError('by a library')", "def main(argv): os.kill(os.getpid(), signal.SIGINT)"]
+)
+def test_ctrl_c_is_one_line_also_while_modules_load(tmp_path, ends):
+    first = "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    "
+    text = f"import os, signal\n{first if ends.startswith('raise') else ''}{ends}\n"
+    (tmp_path / "slow.py").write_text(text)
+    code = f"import os, signal, sys; sys.path.append({str(tmp_path)!r}); from ralenet_jax import cli\n"
+    code += "cli.COMMANDS['slow'] = ('slow', (), ''); code = cli.main(['slow'])\n"
+    code += "assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL; sys.exit(code)"
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (130, "ralenet: interrupted\n")
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

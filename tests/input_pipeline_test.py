@@ -99,7 +99,8 @@ def test_noise_has_gains_and_baselines_and_is_cut_to_the_shortest(monkeypatch):
         name: [{"signal": np.array(signal, np.int16), "gain": gain, "baseline": baseline}]
         for name, signal in signals.items()
     }
-    builder = types.SimpleNamespace(info=types.SimpleNamespace(splits=examples), as_data_source=examples.get)
+    info = types.SimpleNamespace(splits=examples)
+    builder = types.SimpleNamespace(info=info, as_data_source=examples.get, data_path="nstdb")
     monkeypatch.setattr(input_pipeline, "open_shards", lambda data_dir, name: builder)
     expected = [[[1, 1], [0, 0.5]], [[-2, -2], [0, 1]], [[2, 2], [-1, -1]]]  # bw, ma, em
     np.testing.assert_allclose(input_pipeline.read_noise(ralenet.get_config()), expected)
@@ -274,6 +275,17 @@ def test_missing_noise_recording_is_named(data_dir, tmp_path):
     info.write_text(info.read_text().replace('"name": "ma"', '"name": "xx"'))
     with pytest.raises(UserError, match="ma"):
         input_pipeline.read_noise(configure(tmp_path))
+
+
+@pytest.mark.parametrize("damaged", ["nstdb-em.array_record-00000-of-00001", "features.json", "metadata.json"])
+def test_damaged_shards_are_a_user_s_error(data_dir, tmp_path, damaged):
+    folder = shutil.copytree(data_dir / "nstdb", tmp_path / "nstdb") / "1.0.0"
+    for content in ((folder / damaged).read_bytes()[:500], None):
+        (folder / damaged).unlink() if content is None else (folder / damaged).write_bytes(content)
+        with pytest.raises(
+            UserError, match=f"^the shards in {folder} cannot be read .*; run `ralenet prepare` again, "
+        ):
+            input_pipeline.read_noise(configure(tmp_path))
 
 
 def test_window_shape_is_read_from_the_shards(data_dir):

@@ -103,7 +103,17 @@ def test_another_revision_of_the_builder_builds_anew(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage", ["shard gone", "no metadata", "empty metadata", "empty info", "broken info", "no features"]
+    "damage",
+    [
+        "shard gone",
+        "shard cut",
+        "byte flipped",
+        "no metadata",
+        "empty metadata",
+        "empty info",
+        "broken info",
+        "no features",
+    ],
 )
 def test_a_damaged_set_is_built_anew(tmp_path, damage):
     write_mitdb(tmp_path, records=("100",))
@@ -112,6 +122,14 @@ def test_a_damaged_set_is_built_anew(tmp_path, damage):
     match damage:
         case "shard gone":
             next(directory.glob("*array_record*")).unlink()
+        case "shard cut":
+            path = next(directory.glob("*array_record*"))
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        case "byte flipped":
+            path = next(directory.glob("*array_record*"))
+            content = bytearray(path.read_bytes())
+            content[1000] ^= 1
+            path.write_bytes(content)
         case "no metadata":
             (directory / "metadata.json").unlink()
         case "empty metadata":

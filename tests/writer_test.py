@@ -1,5 +1,6 @@
 import json
 import struct
+import time
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -81,6 +82,21 @@ def test_a_line_cut_by_a_kill_is_left_out(tmp_path, cut):
     write(tmp_path, 20, [30])
     assert [line["step"] for line in read_history(tmp_path)] == [10, 20, 30]
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [10, 20, 30]
+
+
+def test_a_damaged_line_is_left_out(tmp_path):
+    write(tmp_path, 0, [10, 20])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'{"step": 20', b'\xfb"step": 20'))
+    assert [line["step"] for line in read_history(tmp_path)] == [10]
+
+
+def test_a_clock_that_is_set_back_stops_nothing(tmp_path, monkeypatch):
+    with Writer(tmp_path, 0) as writer:
+        monkeypatch.setattr(time, "time", lambda: 1e9)
+        for step in range(20):  # more than any queue would hold
+            writer.write(step, "train", {"loss": 1.0})
+    assert [step for step, _, _ in scalars(tmp_path)] == list(range(20))
 
 
 def test_no_run_has_no_history(tmp_path):
