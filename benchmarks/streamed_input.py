@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", choices=("memory", "stream"), help="measure in this process")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.only:
         arguments = (given.data_dir, given.config, given.steps, given.overrides, given.only == "stream")
         print(json.dumps(measure(*arguments), indent=1))

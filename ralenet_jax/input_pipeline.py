@@ -347,7 +347,7 @@ class BatchStream:
             indices = batch_indices(seed, step, 1, len(windows), batch_size)
             return windows.batch(host_share(indices, host, hosts)[0])
 
-        options = grain.ReadOptions(num_threads=_READERS, prefetch_buffer_size=ahead)
+        options = grain.ReadOptions(num_threads=_READERS, prefetch_buffer_size=max(ahead, _READERS))
         self._iterator = iter(grain.MapDataset.range(total_steps).map(read).to_iter_dataset(options))
 
     @property
