@@ -27,6 +27,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Windows drawn at random from all, and how many of them train; the others validate and test (likewise).
     config.data.num_windows = 10_000
     config.data.num_train = 8_000
+    # False: training and validation windows are read into memory at the start. True: they stay in their shards and are
+    # read ahead of the training, for databases larger than memory; the result is the same (not mitdb_recordings).
+    config.data.stream = False
 
     config.noise = ml_collections.ConfigDict()
     # "bw", "ma", "em", "emb" (the sum of all three) or "none"; several with commas: drawn anew for each window.

@@ -25,11 +25,12 @@ from configs import ralenet as default_config
 from ralenet_jax.errors import UserError, reason, writing
 
 STARTS = "starts.json"
-_METRIC, _DIGEST = "snr_db", "digest"
+_METRIC, _DIGEST, _POSITION = "snr_db", "digest", "input_position"
 # What may differ between a run and its continuation: where data lies, what it runs on, how long, how it is tested.
 # A base is read before the first step and never again.
 _MAY_CHANGE = (
     "data.dir",
+    "data.stream",
     "model.base",
     "num_devices",
     "distributed.",
@@ -238,11 +239,16 @@ class Checkpointer:
         with writing(self.directory, Exception):
             self._manager.close()
 
-    def save(self, state: Any, snr_db: float | None) -> None:
-        """Saves the state under its step, with the validation SNR in dB if it was measured there."""
+    def save(self, state: Any, snr_db: float | None, input_position: dict[str, Any] | None = None) -> None:
+        """Saves the state under its step, with the validation SNR in dB if it was measured there.
+
+        Streamed input has a position, in JSON's types and the same on all processes; it lies beside the state.
+        """
         metrics = None if snr_db is None else {_METRIC: snr_db}
         step = int(state.step)
         custom = {_DIGEST: _digest(state, metrics)}
+        if input_position is not None:
+            custom[_POSITION] = input_position
         if jax.process_count() > 1:
             state = jax.tree.map(_over_processes, state)
         with writing(self.directory, Exception):
@@ -263,6 +269,11 @@ class Checkpointer:
         """Step of the checkpoint with the best validation SNR."""
         scored = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
         return max((step for step in scored if scored[step]), key=lambda step: scored[step][_METRIC], default=None)
+
+    @property
+    def input_position(self) -> dict[str, Any] | None:
+        """Position of the input that was saved with the newest checkpoint; None where its input was in memory."""
+        return self._manager.metadata(self.latest_step).custom_metadata.get(_POSITION)
 
     def restore(self, target: Any, step: int | None = None) -> Any:
         """Restores a state like `target` (structure, shapes, placement) from `step`, by default the newest.

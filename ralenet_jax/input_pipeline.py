@@ -1,14 +1,18 @@
 """Windows and noise from the shards on disk, and batches of them as a function of the step.
 
-All windows of mitdb fit in memory (113 MB as ADC integers), so they are read once; what batch a step sees depends on
-the seed and the step alone, so a resumed run sees the batches that an uninterrupted one does.
+All windows of mitdb fit in memory (113 MB as ADC integers), so they are read once; those of a larger database stay in
+their shards and are read ahead of the training (`data.stream`). Either way what batch a step sees depends on the seed
+and the step alone, so a resumed run sees the batches that an uninterrupted one does.
 """
 
+import bisect
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -23,6 +27,7 @@ VALIDATION_RECORDS = ("109", "116", "124", "205", "223")
 _SPLITS = {"mitdb": ("ds1", "ds2", "paced"), "ludb": ("train", "test")}
 RECORDINGS = "mitdb_recordings"  # mitdb's recordings whole: windows from anywhere in them
 _READ_AT_ONCE = 4096
+_READERS = 4  # threads; decoding is Python's, so more would wait for each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,22 +100,50 @@ def open_shards(data_dir: str | Path, name: str) -> tfds.core.DatasetBuilder:
         return builder
 
 
+class StoredWindows:
+    """Windows that stay in their shards until they are asked for, by any number of threads; only their ids are held.
+
+    Attributes:
+        shape: samples and leads of a window.
+    """
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, ids: np.ndarray):
+        """Those with these places in `ds1+ds2+paced` (mitdb) or `train+test` (ludb)."""
+        features = builder.info.features
+        self.shape = tuple(features["signal"].shape)
+        self._path = builder.data_path
+        with _whole(self._path):
+            self._source = builder.as_data_source("+".join(split_sizes(builder)))
+        self._names = [name for name in ("signal", "gain", "baseline", "record", "symbol") if name in features]
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: np.ndarray) -> Windows:
+        """Reads some windows, in this order."""
+        ids = self._ids[index]
+        columns = {name: [] for name in self._names}
+        with _whole(self._path):
+            for start in range(0, len(ids), _READ_AT_ONCE):
+                for example in self._source.__getitems__(ids[start : start + _READ_AT_ONCE].tolist()):
+                    for name, column in columns.items():
+                        column.append(example[name])
+        text = {name: np.array(columns.pop(name)).astype("U") for name in ("record", "symbol") if name in columns}
+        arrays = {name: np.stack(values) for name, values in columns.items()}
+        of_each_lead = (len(ids), self.shape[1])
+        in_millivolts = {"gain": np.ones(of_each_lead, np.float32), "baseline": np.zeros(of_each_lead, np.int32)}
+        given = in_millivolts | {"symbol": np.full(len(ids), "")} | arrays | text
+        return Windows(**given, id=ids.astype(np.int32))
+
+    def batch(self, index: np.ndarray, shift: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Reads some windows as `Windows.batch` gives them."""
+        return self[index].batch(np.arange(len(index)))
+
+
 def read_windows(builder: tfds.core.DatasetBuilder, ids: np.ndarray) -> Windows:
     """Reads the windows with these places in `ds1+ds2+paced` (mitdb) or `train+test` (ludb), in this order."""
-    names = [name for name in ("signal", "gain", "baseline", "record", "symbol") if name in builder.info.features]
-    columns = {name: [] for name in names}
-    with _whole(builder.data_path):
-        source = builder.as_data_source("+".join(split_sizes(builder)))
-        for start in range(0, len(ids), _READ_AT_ONCE):
-            for example in source.__getitems__(ids[start : start + _READ_AT_ONCE].tolist()):
-                for name in names:
-                    columns[name].append(example[name])
-    text = {name: np.array(columns.pop(name)).astype("U") for name in ("record", "symbol") if name in names}
-    arrays = {name: np.stack(values) for name, values in columns.items()}
-    of_each_lead = (len(ids), arrays["signal"].shape[2])
-    in_millivolts = {"gain": np.ones(of_each_lead, np.float32), "baseline": np.zeros(of_each_lead, np.int32)}
-    given = in_millivolts | {"symbol": np.full(len(ids), "")} | arrays | text
-    return Windows(**given, id=ids.astype(np.int32))
+    return StoredWindows(builder, ids)[np.arange(len(ids))]
 
 
 def split_sizes(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
@@ -152,6 +185,29 @@ def _validates(database: str, record: np.ndarray) -> np.ndarray:
     return record.astype(int) % 5 == 4  # the test records' neighbours: theirs are the numbers that 5 divides
 
 
+def _records(builder: tfds.core.DatasetBuilder, split: str) -> tuple[list[str], list[int]]:
+    """The records of a split and the place of each one's first window.
+
+    A record's windows lie one after another, so its end is found by doubling and halving, and few windows are read.
+
+    Raises:
+        UserError: if a record comes twice.
+    """
+    source = builder.as_data_source(split)
+    names, starts, place = [], [], 0
+    while place < len(source):
+        name, length = source[place]["record"], 1
+        while place + length < len(source) and source[place + length]["record"] == name:
+            length *= 2
+        reach = range(place + 1, min(place + length, len(source)))
+        names.append(name.decode())
+        starts.append(place)
+        place = reach.start + bisect.bisect(reach, False, key=lambda at, name=name: source[at]["record"] != name)
+    if len(set(names)) < len(names):
+        raise UserError(f"the windows of a record are apart in {split} of {builder.info.full_name}; prepare it anew")
+    return names, starts
+
+
 def _read_recordings(config: ConfigDict, builder: tfds.core.DatasetBuilder, split: str) -> recordings.Recordings:
     if config.protocol != "honest":
         raise UserError(f"{RECORDINGS} are split by record; set protocol='honest', not {config.protocol!r}")
@@ -163,6 +219,32 @@ def _read_recordings(config: ConfigDict, builder: tfds.core.DatasetBuilder, spli
         return recordings.read(builder, "ds2" if split == "test" else "ds1", chosen)
 
 
+def _split_ids(config: ConfigDict, builder: tfds.core.DatasetBuilder, split: str) -> np.ndarray:
+    """Places of the windows of a split in the whole database, int64 `[N]`; no signal is held to find them."""
+    sizes, database = split_sizes(builder), config.data.database
+    honest = config.protocol == "honest"
+    if database == "mitdb" and not honest:
+        return _random_split(config, sum(sizes.values()))[split]
+    training, testing = (sizes.get(name, 0) for name in _SPLITS[database][:2])
+    tests = split == "test" or (split == "validation" and not honest)
+    ids = np.arange(training, training + testing) if tests else np.arange(training)
+    if honest and not tests and training:
+        with _whole(builder.data_path):
+            names, starts = _records(builder, _SPLITS[database][0])
+        chosen = _validates(database, np.array(names)) == (split == "validation")
+        ids = ids[np.repeat(chosen, np.diff([*starts, training]))]
+    if not len(ids):
+        raise UserError(f"the {split} part of {builder.info.full_name} has no windows; prepare the whole database")
+    return ids
+
+
+def _open_split(config: ConfigDict) -> tfds.core.DatasetBuilder:
+    builder = _open_database(config)
+    if config.protocol not in noise.PROTOCOLS:
+        raise UserError(f"protocol is {config.protocol!r}; expected one of {', '.join(noise.PROTOCOLS)}")
+    return builder
+
+
 def read_split(config: ConfigDict, split: str) -> Windows | recordings.Recordings:
     """Reads the "train", "validation" or "test" windows of the configured database and protocol.
 
@@ -172,24 +254,24 @@ def read_split(config: ConfigDict, split: str) -> Windows | recordings.Recording
     Raises:
         UserError: if the shards are not there, or the configured split leaves a part empty.
     """
-    builder = _open_database(config)
-    if config.protocol not in noise.PROTOCOLS:
-        raise UserError(f"protocol is {config.protocol!r}; expected one of {', '.join(noise.PROTOCOLS)}")
+    builder = _open_split(config)
     if config.data.database == RECORDINGS:
         return _read_recordings(config, builder, split)
-    sizes, database = split_sizes(builder), config.data.database
-    honest = config.protocol == "honest"
-    if database == "mitdb" and not honest:
-        return read_windows(builder, _random_split(config, sum(sizes.values()))[split])
-    training, testing = (sizes.get(name, 0) for name in _SPLITS[database][:2])
-    tests = split == "test" or (split == "validation" and not honest)
-    ids = np.arange(training, training + testing) if tests else np.arange(training)
-    windows = read_windows(builder, ids) if len(ids) else None
-    if windows and honest and not tests:
-        windows = windows[_validates(database, windows.record) == (split == "validation")]
-    if not windows:
-        raise UserError(f"the {split} part of {builder.info.full_name} has no windows; prepare the whole database")
-    return windows
+    return read_windows(builder, _split_ids(config, builder, split))
+
+
+def open_split(config: ConfigDict, split: str) -> Windows | StoredWindows | recordings.Recordings:
+    """The windows of `read_split`, left in their shards if `data.stream` says so.
+
+    Raises:
+        UserError: like `read_split`, and for whole recordings to be streamed.
+    """
+    if not config.data.stream:
+        return read_split(config, split)
+    if config.data.database == RECORDINGS:
+        raise UserError(f"data.stream is True, but {RECORDINGS} are held whole in memory; set data.stream=False")
+    builder = _open_split(config)
+    return StoredWindows(builder, _split_ids(config, builder, split))
 
 
 def read_noise(config: ConfigDict) -> np.ndarray:
@@ -225,13 +307,18 @@ def steps_per_epoch(config: ConfigDict, num_windows: int) -> int:
     return num_windows // batch
 
 
+@functools.lru_cache(maxsize=2)  # an epoch's last batches and the next one's first are read at the same time
+def _order(seed: int, epoch: int, num_windows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_windows)
+
+
 def batch_indices(seed: int, step: int, count: int, num_windows: int, batch_size: int) -> np.ndarray:
     """Windows of `count` steps from `step` on: int64 `[count, batch_size]`, a new order in every epoch."""
     steps = num_windows // batch_size
     rows = []
     while count:
         epoch, first = divmod(step, steps)
-        order = np.random.default_rng([seed, epoch]).permutation(num_windows)
+        order = _order(seed, epoch, num_windows)
         taken = min(count, steps - first)
         rows.append(order[first * batch_size : (first + taken) * batch_size].reshape(taken, batch_size))
         step, count = step + taken, count - taken
@@ -260,6 +347,48 @@ def train_block(windows, indices: np.ndarray, devices: int, seed: int = 0, epoch
     return {
         name: _by_device(array.reshape(*indices.shape, *array.shape[1:]), 1, devices) for name, array in batch.items()
     }
+
+
+class BatchStream:
+    """The batches of a training, read ahead from the shards by grain's threads while the devices compute.
+
+    A position is an optimiser step and nothing of one host's, so it holds for any number of hosts and devices.
+    """
+
+    def __init__(
+        self,
+        windows: StoredWindows,
+        seed: int,
+        batch_size: int,
+        total_steps: int,
+        ahead: int,
+        host: int = 0,
+        hosts: int = 1,
+    ):
+        """Of `total_steps` steps, so many `ahead`; of several hosts each reads its share of every batch alone."""
+        import grain  # takes a while, and only streams need it
+
+        def read(step: int) -> dict[str, np.ndarray]:
+            indices = batch_indices(seed, step, 1, len(windows), batch_size)
+            return windows.batch(host_share(indices, host, hosts)[0])
+
+        options = grain.ReadOptions(num_threads=_READERS, prefetch_buffer_size=max(ahead, _READERS))
+        self._iterator = iter(grain.MapDataset.range(total_steps).map(read).to_iter_dataset(options))
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the next block begins, in JSON's types."""
+        return self._iterator.get_state()
+
+    def go_to(self, position: dict[str, Any] | int) -> None:
+        """Goes on from a position that was saved, or from a step."""
+        self._iterator.set_state({"next_index": position} if isinstance(position, int) else position)
+
+    def block(self, count: int, length: int, devices: int) -> dict[str, np.ndarray]:
+        """The next `count` steps as `train_block` gives them, filled up to `length` steps with the first of them."""
+        taken = [next(self._iterator) for _ in range(count)]
+        taken += taken[:1] * (length - count)
+        return {name: _by_device(np.stack([step[name] for step in taken]), 1, devices) for name in taken[0]}
 
 
 def eval_batches(

@@ -118,11 +118,17 @@ class _Run:
         self.devices = evaluate.choose_devices(config, self.batch_size)
         self.patience = config.distributed.start_timeout_s
         self.host, self.hosts = jax.process_index(), jax.process_count()
-        self.train_windows = input_pipeline.read_split(config, "train")
-        self.validation_windows = input_pipeline.read_split(config, "validation")
+        self.train_windows = input_pipeline.open_split(config, "train")
+        # What is streamed stays on disk here too: it is read in order at every validation.
+        self.validation_windows = input_pipeline.open_split(config, "validation")
         self.epoch_steps = input_pipeline.steps_per_epoch(config, len(self.train_windows))
         self.total_steps = self.epoch_steps * config.train.epochs
         self.block_steps = _even_part(self.epoch_steps, config.train.steps_per_dispatch)
+        self.stream: input_pipeline.BatchStream | None = None
+        if config.data.stream:
+            batches = (self.train_windows, config.seed, self.batch_size, self.total_steps)
+            # One block: it is read while the devices work on the one before.
+            self.stream = input_pipeline.BatchStream(*batches, self.block_steps, self.host, self.hosts)
         condition = (config.noise.kind, config.noise.snr_db, config.noise.snr_db_high)
         recordings = steps.replicate(input_pipeline.read_noise(config), self.devices)
         self.train_noise = evaluate.noise_source(config, recordings, "train", *condition)
@@ -160,13 +166,16 @@ class _Run:
     def _train_arguments(self, step: int) -> tuple[int, tuple]:
         limit = self.block_steps if step else 1
         count = min(limit, self.epoch_steps - step % self.epoch_steps)
-        indices = input_pipeline.batch_indices(self.config.seed, step, count, len(self.train_windows), self.batch_size)
-        indices = input_pipeline.host_share(indices, self.host, self.hosts)
-        # A shorter block is filled up, so that one compiled program serves all; what fills it is not trained on.
-        indices = np.pad(indices, ((0, self.block_steps - count), (0, 0)))
-        epoch = step // self.epoch_steps
         own = len(self.devices) // self.hosts
-        block = input_pipeline.train_block(self.train_windows, indices, own, self.config.seed, epoch)
+        # A shorter block is filled up, so that one compiled program serves all; what fills it is not trained on.
+        if self.stream is not None:
+            block = self.stream.block(count, self.block_steps, own)
+        else:
+            seed, windows = self.config.seed, self.train_windows
+            indices = input_pipeline.batch_indices(seed, step, count, len(windows), self.batch_size)
+            indices = input_pipeline.host_share(indices, self.host, self.hosts)
+            indices = np.pad(indices, ((0, self.block_steps - count), (0, 0)))
+            block = input_pipeline.train_block(windows, indices, own, seed, step // self.epoch_steps)
         return count, (self.state, block, np.int32(count), self.train_noise, self.key)
 
     def validate(self) -> dict[str, float]:
@@ -182,6 +191,8 @@ class _Run:
         """Over several processes, compiles before the first computation: some find their programs ready, others not."""
         if self.hosts > 1:
             self._block.lower(*self._train_arguments(step)[1]).compile()
+            if self.stream is not None:
+                self.stream.go_to(step)  # that block is still to be trained on
             batch = next(self._validation_batches())
             self._eval_step.lower(self.state.variables, batch, self.validation_noise).compile()
             hosts.wait(self.patience)
@@ -211,6 +222,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         hosts.require_same(str(step), f"it sees other checkpoints in {workdir}; all need one that they share")
         if step:
             run.state = saved.restore(run.state)
+            if run.stream is not None and step < run.total_steps:
+                run.stream.go_to(saved.input_position or step)
         if step < run.total_steps and hosts.is_first():
             _note_start(run, workdir, step)
         bar = _Progress(step, run.total_steps, run.epoch_steps, run.batch_size)
@@ -312,7 +325,7 @@ def _save(run: _Run, saved, step: int, snr_db: float | None) -> None:
     """Saves the state, unless the last update spoiled it: the loss would tell of that only a step later."""
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(run.state.variables))):
         raise NonFiniteLoss(_non_finite("a parameter is not finite", step, saved))
-    saved.save(run.state, snr_db)
+    saved.save(run.state, snr_db, run.stream and run.stream.position)
 
 
 def _check_finite(losses: np.ndarray, first_step: int, saved) -> None:

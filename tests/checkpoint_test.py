@@ -64,6 +64,15 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
         assert_equal(saved.restore(state_at(0), 10), state_at(10))
 
 
+def test_position_of_the_input_is_of_the_newest_checkpoint(tmp_path):
+    for step, position in ((10, {"next_index": 10}), (20, {"next_index": 20}), (30, None)):
+        with checkpoint.Checkpointer(tmp_path) as saved:
+            saved.save(state_at(step), None, position)
+        with checkpoint.Checkpointer(tmp_path) as saved:
+            assert saved.input_position == position
+            assert_equal(saved.restore(state_at(0)), state_at(step))
+
+
 def test_a_new_work_directory_has_no_checkpoint(tmp_path):
     with checkpoint.Checkpointer(tmp_path / "new" / "run") as saved:
         assert saved.latest_step is None

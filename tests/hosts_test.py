@@ -122,9 +122,9 @@ def test_two_processes_train_as_one_does_and_the_first_alone_writes(data_dir, on
     assert "127.0.0.1" not in (tmp_path / "run" / "config.json").read_text()
 
 
-def test_told_to_stop_then_killed_it_goes_on_in_any_number_of_processes(data_dir, one_by_four, tmp_path):
+def test_streamed_told_to_stop_then_killed_it_goes_on_in_any_number_of_processes(data_dir, one_by_four, tmp_path):
     workdir = tmp_path / "run"
-    with _Run(tmp_path / "a", data_dir, workdir, 2, 2) as run:
+    with _Run(tmp_path / "a", data_dir, workdir, 2, 2, "data.stream=True") as run:
         run.wait_for("epoch 1:")
         # Meanwhile nobody else gets in.
         with pytest.raises(UserError, match="another run is under way"), checkpoint.locked(workdir):
@@ -135,7 +135,7 @@ def test_told_to_stop_then_killed_it_goes_on_in_any_number_of_processes(data_dir
     stopped = _final_state(workdir).step
     assert 8 <= stopped < 96
     # In a cluster that tells who is who; there a process dies without a word.
-    with _Run(tmp_path / "b", data_dir, workdir, 2, 2, slurm=True) as run:
+    with _Run(tmp_path / "b", data_dir, workdir, 2, 2, "data.stream=True", slurm=True) as run:
         run.wait_for(f"step {stopped + 2}/")
         killed = time.monotonic()
         run.processes[1].kill()
@@ -143,7 +143,7 @@ def test_told_to_stop_then_killed_it_goes_on_in_any_number_of_processes(data_dir
         assert time.monotonic() - killed < _BOUND
         last = run.err().splitlines()[-1]
         assert last.startswith("ralenet: stopped: process 0 of 2 lost the others") and "Traceback" not in run.err()
-    with _Run(tmp_path / "c", data_dir, workdir, 1, 4) as run:
+    with _Run(tmp_path / "c", data_dir, workdir, 1, 4, "data.stream=True") as run:
         assert run.codes() == [0], run.err()
         assert "resuming at step" in run.out()
     _assert_same_result(one_by_four, workdir)

@@ -16,6 +16,7 @@ FILES = {  # dotted name, packages without `.__init__` → file
 }
 ONLY_IN = {  # who may import a library
     "flax": ("ralenet_jax.models*", "ralenet_jax.state", "ralenet_jax.export", "ralenet_jax.torch_weights"),
+    "grain": ("ralenet_jax.input_pipeline",),
     "orbax": ("ralenet_jax.checkpoint", "ralenet_jax.hosts"),
     "tensorflow": (),
     "torch": (),

@@ -1,4 +1,5 @@
 import functools
+import json
 import shutil
 import types
 
@@ -354,3 +355,84 @@ def test_evaluation_takes_every_window_once_and_marks_the_padding(batch_size, de
         )
         assert set(batch["mask"].ravel()) <= {0.0, 1.0}
     assert seen == [100 + i for i in range(10)]
+
+
+@pytest.mark.parametrize(("made", "database"), [(ralenet, "mitdb"), (honest, "mitdb"), (honest, "ludb")])
+def test_streamed_windows_are_those_in_memory(data_dir, made, database):
+    config = configure(data_dir, made, database=database)
+    windows = input_pipeline.read_split(config, "train")
+    config.data.stream = True
+    stored = input_pipeline.open_split(config, "train")
+    assert (len(stored), stored.shape) == (len(windows), windows.shape)
+    steps = len(windows) // 8
+    indices = input_pipeline.batch_indices(3, steps - 2, 5, len(windows), 8)  # over the end of an epoch
+    for host in (0, 1):
+        stream = input_pipeline.BatchStream(stored, 3, 8, 2 * steps, 4, host, 2)
+        stream.go_to(steps - 2)
+        block = stream.block(5, 7, 2)
+        expected = input_pipeline.train_block(windows, input_pipeline.host_share(indices, host, 2), 2)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(block[name][:, :5], array, strict=True)
+            assert block[name].shape[1] == 7
+    batches = (input_pipeline.eval_batches(each, 100, 2) for each in (stored, windows))
+    for batch, expected in zip(*batches, strict=True):
+        for name, array in expected.items():
+            np.testing.assert_array_equal(batch[name], array, strict=True)
+
+
+def test_position_of_a_stream_is_the_step_for_any_number_of_hosts(data_dir):
+    config = configure(data_dir)
+    config.data.stream = True
+    stored = input_pipeline.open_split(config, "train")
+    streams = [input_pipeline.BatchStream(stored, 0, 8, 40, 3, host, 2) for host in (0, 1)]
+    for stream in streams:
+        stream.block(5, 5, 1)
+    positions = [json.loads(json.dumps(stream.position)) for stream in streams]
+    assert positions[0] == positions[1]
+    parts = [stream.block(2, 2, 1)["id"] for stream in streams]
+    for position in (positions[0], 5):
+        whole = input_pipeline.BatchStream(stored, 0, 8, 40, 3)
+        whole.go_to(position)
+        np.testing.assert_array_equal(whole.block(2, 2, 2)["id"], np.concatenate(parts))
+
+
+def test_opening_a_split_to_be_streamed_reads_none_of_its_windows(data_dir, monkeypatch):
+    monkeypatch.setattr(input_pipeline.StoredWindows, "__getitem__", lambda *_: pytest.fail("was read"))
+    config = configure(data_dir, honest)
+    config.data.stream = True
+    for split in ("train", "validation"):
+        assert len(input_pipeline.open_split(config, split))
+
+
+class Examples(list):
+    """A data source of records' names that counts what is read."""
+
+    read = 0
+
+    def __getitem__(self, place):
+        self.read += 1
+        return {"record": super().__getitem__(place).encode()}
+
+
+def built_of(names):
+    examples = Examples(names)
+    info = types.SimpleNamespace(full_name="mitdb/1.0.0")
+    return examples, types.SimpleNamespace(as_data_source=lambda split: examples, info=info)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (2, 3, 1), (5, 1, 8, 2), (64, 3), (63, 65)])
+def test_records_of_a_split_are_found(lengths):
+    names = [chr(ord("a") + number) for number in range(len(lengths))]
+    _, builder = built_of(np.repeat(names, lengths).tolist())
+    assert input_pipeline._records(builder, "ds1") == (names, [sum(lengths[:number]) for number in range(len(names))])
+
+
+def test_records_of_a_split_are_found_by_reading_few_windows():
+    examples, builder = built_of(["a"] * 100_000 + ["b"] * 200_000)
+    assert input_pipeline._records(builder, "ds1") == (["a", "b"], [0, 100_000])
+    assert examples.read < 100
+
+
+def test_windows_of_a_record_that_are_apart_are_refused():
+    with pytest.raises(UserError, match="of a record are apart in ds1 of mitdb/1.0.0; prepare it anew"):
+        input_pipeline._records(built_of(["a", "b", "a"])[1], "ds1")

@@ -81,3 +81,8 @@ def test_a_window_begins_elsewhere_in_every_epoch(two):
 def test_recordings_are_never_split_at_random(data_dir):
     with pytest.raises(UserError, match="mitdb_recordings are split by record; set protocol='honest', not 'paper'"):
         input_pipeline.read_split(config(data_dir, "protocol='paper'"), "train")
+
+
+def test_recordings_are_never_streamed(data_dir):
+    with pytest.raises(UserError, match="mitdb_recordings are held whole in memory; set data.stream=False"):
+        input_pipeline.open_split(config(data_dir, "data.stream=True"), "train")

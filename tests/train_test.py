@@ -78,18 +78,28 @@ def _assert_same_state(config, workdir, other):
         np.testing.assert_array_equal(a, b)
 
 
-def test_run_killed_at_a_random_moment_resumes_to_identical_bits(data_dir, options, whole, tmp_path):
+def _validations(workdir):
+    lines = [line for line in read_history(workdir) if "validation/snr_db" in line]
+    return zip(*((line["step"], line["validation/snr_db"]) for line in lines), strict=True)
+
+
+def test_streamed_run_killed_at_a_random_moment_resumes_to_the_bits_of_one_in_memory(
+    data_dir, options, whole, tmp_path
+):
     config, workdir, _ = whole
-    process = _start(data_dir, tmp_path, *options)
+    streamed = (*options, "data.stream=True")
+    process = _start(data_dir, tmp_path, *streamed)
     _wait_for_line(process, f"epoch {random.choice((1, 2))}:")
     time.sleep(random.uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
     assert _finish(process)[0] == -signal.SIGKILL
-    code, out, err = _finish(_start(data_dir, tmp_path, *options))
+    code, out, err = _finish(_start(data_dir, tmp_path, *streamed))
     assert code == 0, err
     _assert_same_state(config, workdir, tmp_path)
-    steps = [line["step"] for line in read_history(tmp_path) if "validation/snr_db" in line]
-    assert steps == [8 * epoch for epoch in range(1, 17)]
+    (steps, found), (_, expected) = map(_validations, (tmp_path, workdir))
+    assert steps == tuple(range(8, 129, 8)) and found == expected
+    with checkpoint.Checkpointer(tmp_path) as saved:
+        assert list(saved.input_position.values()) == [128]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
