@@ -29,7 +29,6 @@ from data_prep import shards
 from ralenet_jax import checkpoint, evaluate, main, provenance, writer
 from ralenet_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("RALENET_FAULTS_KILLS", 50))
 BOUND_S = 600  # after which a command hangs
 EPOCHS = 6
@@ -61,7 +60,7 @@ class Life:
         given = os.environ | {"NPROC": "2", "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"} | environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         argv = [*before, *self.arguments(command, workdir, *more)]
-        self.processes.append(subprocess.Popen(argv, cwd=ROOT, env=given, **pipes))
+        self.processes.append(subprocess.Popen(argv, cwd=reproduce_test.ROOT, env=given, **pipes))
         return self.processes[-1]
 
     def run(self, *given, **named) -> tuple[int, str, str]:
