@@ -2,7 +2,7 @@
 
 Each time a command goes on to the very result of one that nothing disturbed, or tells why not in one line (exit 2).
 A normal run kills one training while it writes a checkpoint; `-m slow` does all of it, RALENET_FAULTS_KILLS kills
-(by default 50), prints what came of each fault and adds it to the file that RALENET_FAULTS_RESULT names.
+(by default 50), prints what came of each fault (-s) and writes it to the file that RALENET_FAULTS_RESULT names.
 """
 
 import collections
@@ -29,7 +29,6 @@ from data_prep import shards
 from ralenet_jax import checkpoint, evaluate, main, provenance, writer
 from ralenet_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("RALENET_FAULTS_KILLS", 50))
 BOUND_S = 600  # after which a command hangs
 EPOCHS = 6
@@ -61,7 +60,7 @@ class Life:
         given = os.environ | {"NPROC": "2", "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"} | environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         argv = [*before, *self.arguments(command, workdir, *more)]
-        self.processes.append(subprocess.Popen(argv, cwd=ROOT, env=given, **pipes))
+        self.processes.append(subprocess.Popen(argv, cwd=reproduce_test.ROOT, env=given, **pipes))
         return self.processes[-1]
 
     def run(self, *given, **named) -> tuple[int, str, str]:
@@ -82,8 +81,7 @@ class Life:
         """The result of a command that nothing disturbed; how long it took is in `seconds`."""
         if command not in self.whole:
             began, workdir = time.monotonic(), self.folder / command
-            code, _, err = self.run(command, workdir)
-            assert code == 0, err
+            assert self.run(command, workdir)[0] == 0
             self.seconds[command] = time.monotonic() - began
             self.whole[command] = self.result(command, workdir)
         return self.whole[command]
@@ -92,10 +90,8 @@ class Life:
         """Whether a command ended in the result of an undisturbed one; else it must have refused in one line."""
         code, _, err = ended
         assert code in (0, 2) and "Traceback" not in err, (fault, code, err)
-        if code == 2:
-            assert err.startswith("ralenet: error: ") and err.count("\n") == 1 and len(err) < 900, (fault, err)
-        else:
-            assert self.result(command, workdir) == self.expected(command), fault
+        one_line = err.startswith("ralenet: error: ") and err.count("\n") == 1 and len(err) < 900
+        assert one_line if code else self.result(command, workdir) == self.expected(command), (fault, err)
         self.outcomes[fault]["refused in one line" if code else "ended in the same bits"] += 1
         return code == 0
 
@@ -114,7 +110,6 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def state_of(run: Path) -> tuple[int, str]:
-    """Step and digest of the last checkpoint."""
     state = evaluate.restore_state(main.saved_config(run), run, jax.devices()[:2], "last")[1]
     content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))
     return int(state.step), hashlib.sha256(content).hexdigest()
@@ -136,9 +131,8 @@ def life(data_dir, tmp_path_factory):
     for fault, outcomes in life.outcomes.items():
         print(f"\n{fault}: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()), end="")
     if path := os.environ.get("RALENET_FAULTS_RESULT"):
-        there = json.loads(Path(path).read_text())["faults"] if Path(path).exists() else {}
         made_by = {"command": "pytest -m slow tests/faults_test.py"} | provenance.software(2)
-        checkpoint.write_json(Path(path), made_by | {"faults": there | life.outcomes})
+        checkpoint.write_json(Path(path), made_by | {"faults": life.outcomes})
 
 
 def reached(process: subprocess.Popen, workdir: Path, kind: str, what: str, delay: float = 0) -> bool:
@@ -209,11 +203,11 @@ def mounts():
         pytest.skip(f"no mounts in a namespace of one's own: {error}")
 
 
-COMMANDS = pytest.mark.parametrize("command", ["train", "prepare", "reproduce"])
+def of_each_command(test):
+    return pytest.mark.slow(pytest.mark.parametrize("command", ["train", "prepare", "reproduce"])(test))
 
 
-@pytest.mark.slow
-@COMMANDS
+@of_each_command
 def test_full_disk(life, mounts, tmp_path, command):
     # In the order in which things are written: settings, logs, a checkpoint, another one beside it.
     for size in (8, 400, 2000) if command == "prepare" else (4, 12, 40, 150, 400):
@@ -233,7 +227,6 @@ def test_full_disk(life, mounts, tmp_path, command):
 
 @pytest.mark.slow
 def test_read_only_folders(life, mounts, tmp_path):
-
     def bind(folder):
         return [*IN_NAMESPACE, f'mount --bind {folder} {folder}; mount -o remount,bind,ro {folder}; exec "$@"', "sh"]
 
@@ -258,8 +251,7 @@ def damage(path: Path, how: str, rng: random.Random) -> None:
 @pytest.fixture(scope="module")
 def half(life):
     """A work directory with the first two epochs trained."""
-    code, _, err = life.run("train", life.folder / "half", "--config.train.epochs=2")
-    assert code == 0, err
+    assert life.run("train", life.folder / "half", "--config.train.epochs=2")[0] == 0
     return life.folder / "half"
 
 
@@ -292,21 +284,19 @@ def test_damaged_checkpoint(life, half, tmp_path, how):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["byte flipped", "truncated", "missing"])
 def test_damaged_shard(life, half, tmp_path, how):
-    rng, sound, copy, run = random.Random(how), life.data, tmp_path / "data", tmp_path / "run"
+    rng = random.Random(how)
     for name in ("mitdb/1.0.0/mitdb-ds1", "nstdb/1.0.0/nstdb-bw", "mitdb/1.0.0/features"):
-        shutil.copytree(sound, copy)
-        shutil.copytree(half, run)
+        folder = tmp_path / Path(name).name
+        copy, run = shutil.copytree(life.data, folder / "data"), shutil.copytree(half, folder / "run")
         damage(next(copy.glob(f"{name}*")), how, rng)
-        life.data = copy
-        well, life.data = life.judge(f"shard, {how}", life.run("train", run), "train", run), sound
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(life, "data", copy)
+            well = life.judge(f"shard, {how}", life.run("train", run), "train", run)
         assert well or tree(run / "checkpoints") == tree(half / "checkpoints")
         life.goes_on(f"shard, {how}, then prepared again", "prepare", copy)
-        shutil.rmtree(copy)
-        shutil.rmtree(run)
 
 
-@pytest.mark.slow
-@COMMANDS
+@of_each_command
 def test_two_at_once(life, tmp_path, command):
     """The second is refused. An evaluation meanwhile leaves alone what the training is writing."""
     workdir, locks = tmp_path / "run", {"prepare": ".prepare.lock", "reproduce": f"{CELL}/config.json"}
@@ -324,13 +314,12 @@ def test_two_at_once(life, tmp_path, command):
     assert life.judge(f"two at once, {command}, the first", finish(first), command, workdir)
 
 
-@pytest.mark.slow
-@COMMANDS
+@of_each_command
 def test_clock_jumps(life, tmp_path, command):
     """By years, back and forth, at every look; and all files are of a day to come."""
-    lines = ["import random, time", "real, rng = time.time, random.Random(0)"]
-    lines.append("time.time = lambda: real() + rng.choice([-1e9, -1e7, 0, 1e5, 1e8])")
-    (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
+    code = "import random, time; real, rng = time.time, random.Random(0)\n"
+    code += "time.time = lambda: real() + rng.choice([-1e9, -1e7, 0, 1e5, 1e8])"
+    (tmp_path / "sitecustomize.py").write_text(code)
     workdir, clock = tmp_path / "run", {"PYTHONPATH": str(tmp_path)}
     process = life.start(command, workdir, **clock)
     if command != "prepare" and reached(process, workdir, "line", "epoch 3:"):
@@ -342,8 +331,7 @@ def test_clock_jumps(life, tmp_path, command):
     assert life.judge(f"clock jumps, {command}", life.run(command, workdir, **clock), command, workdir)
 
 
-@pytest.mark.slow
-@COMMANDS
+@of_each_command
 def test_interrupted_twice(life, tmp_path, command):
     life.expected(command)
     rng = random.Random(command)
