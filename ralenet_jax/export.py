@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -254,7 +255,9 @@ def _write_onnx(trained: Trained) -> bytes:
     name = trained.config.model.name
     names = {"input_names": ["noisy"], "output_names": ["denoised"], "model_name": name}
     try:
-        model = jax2onnx.to_onnx(_function(trained), [("batch", *trained.window)], **names)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Explicitly requested dtype")  # what it asks of JAX for its own ends
+            model = jax2onnx.to_onnx(_function(trained), [("batch", *trained.window)], **names)
     # It fails in many ways where an operation is beyond it.
     except Exception as error:
         raise UserError(f"jax2onnx cannot convert model {name!r} ({reason(error)}); take another --format") from error
