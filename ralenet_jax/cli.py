@@ -78,12 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"ralenet: error: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print("ralenet: interrupted", file=sys.stderr)
         code = 130
     if code == 130:  # all is done: another Ctrl-C need not be told where in Python's own ending it came
         _change_interrupt(signal.default_int_handler, signal.SIG_DFL)
+    if code == 2 and argv is None and sum(not thread.daemon for thread in threading.enumerate()) > 1:
+        # Python would wait for them: Orbax's never end where the clock was set back while they saved.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

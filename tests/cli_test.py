@@ -157,3 +157,15 @@ def test_package_names_load_on_first_use():
     assert set(dir(ralenet_jax)) == {"Denoiser", "__version__", "build_model", "torch_weights"}
     with pytest.raises(AttributeError, match="no attribute 'buildmodel'"):
         _ = ralenet_jax.buildmodel
+
+
+def test_a_refusal_does_not_wait_for_threads_that_never_end():
+    code = (
+        "import sys, threading\n"
+        "from ralenet_jax import cli\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "sys.argv = ['ralenet', 'evaluate', '--workdir', 'nowhere']\n"
+        "sys.exit(cli.main())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=CHECKOUT)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
