@@ -210,7 +210,8 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str | Path, read_only: bool = False):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads; what failed is raised too
+        for name in ("absl", "asyncio"):  # Orbax's threads speak through them; what failed is raised too
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         policies = [
             preservation_policy.LatestN(1),
             preservation_policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
