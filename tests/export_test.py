@@ -210,7 +210,7 @@ def random_model(name):
     return export.Trained(config, {"batch_stats": {}} | variables, (256, leads), {})
 
 
-@pytest.mark.parametrize("name", ["danet", "acdae"])
+@pytest.mark.parametrize("name", [pytest.param("danet", marks=pytest.mark.slow), "acdae"])
 def test_the_rivals_are_exported_too(tmp_path, name):
     rival = random_model(name)
     for form in ("npz", "torch", "stablehlo"):

@@ -114,7 +114,7 @@ def test_bfloat16_is_inside_alone(name):
     assert {leaf.dtype for leaf in jax.tree.leaves((drawn, trained))} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("name", ["ralenet", "unet", _DANET, "acdae"])
+@pytest.mark.parametrize("name", [pytest.param("ralenet", marks=pytest.mark.slow), "unet", _DANET, "acdae"])
 def test_bfloat16_is_near_to_float32(name):
     variables = random_variables(name)
     x = np.random.default_rng(1).standard_normal((3, 32, 2)).astype(np.float32)

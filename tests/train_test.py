@@ -102,7 +102,10 @@ def test_streamed_run_killed_at_a_random_moment_resumes_to_the_bits_of_one_in_me
         assert list(saved.input_position.values()) == [128]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+_SIGTERM = pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)  # hosts_test.py sends it too
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), _SIGTERM])
 def test_told_to_stop_it_saves_leaves_and_resumes_to_identical_bits(data_dir, options, whole, tmp_path, number, code):
     config, workdir, _ = whole
     process = _start(data_dir, tmp_path, *options)
