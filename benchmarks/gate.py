@@ -202,6 +202,7 @@ def main():
     result = {
         "clean": options.clean,
         "cases": len(record),
+        "stretches_end_at_s": [*ENDS_S, 60 * MINUTES],
         "records left out of training": table(cases, error, ends),
         "all open": table(cases, np.asarray(errors(whole, cases["features"], cases["products"], ends)), ends),
     }

@@ -59,6 +59,7 @@ def main():
             process.send_signal(signal.SIGTERM)
             code = process.wait(120)
         history = writer.read_history(workdir)
+        logged = len((workdir / "metrics.jsonl").read_text().splitlines())
         lines = (Path(folder) / "out").read_text().splitlines()
         size = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file()) / 2**20
     settled = [mib for mib in memory[len(memory) // 10 :] if mib is not None]
@@ -69,12 +70,14 @@ def main():
         "last_line": lines[-1].replace(str(workdir), "WORKDIR"),
         "steps": history[-1]["step"],
         "records_in_the_log": len(history),
+        "unreadable_records": logged - len(history),
         "memory_mib": {"first third": early, "last third": late, "lowest": min(settled), "highest": max(settled)},
         "memory_change": late / early - 1,
         "most_checkpoints": max(checkpoints),
         "workdir_mib": size,
     }
-    fine = code == 128 + signal.SIGTERM and abs(late / early - 1) < MOST_CHANGE and max(checkpoints) <= MOST_CHECKPOINTS
+    steady = abs(late / early - 1) < MOST_CHANGE and max(checkpoints) <= MOST_CHECKPOINTS
+    fine = code == 128 + signal.SIGTERM and steady and logged == len(history)
     checkpoint.write_json(Path(options.out), result | {"passed": fine, "made_by": provenance.software(2)})
     print(json.dumps(result, indent=1))
     return 0 if fine else 1

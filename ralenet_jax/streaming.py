@@ -28,10 +28,8 @@ _LATENCY_S = 0.99  # what is used of a window, and the filter twice
 _CROSSINGS, _LONGEST_S = 10, 0.11  # half the anti-alias filter: zero crossings, and seconds at most
 _SLOWEST, _FASTEST = 50, 5000  # Hz
 _FLAT_S = 0.2  # an unchanging stretch this long is no signal
-_RAIL_SAMPLES, _RAIL_STEPS = (
-    3,
-    4,
-)  # at the extreme value, and smallest steps to it from beside, for the top to be cut off
+# At the extreme value, and smallest steps to it from beside, for the top to be cut off.
+_RAIL_SAMPLES, _RAIL_STEPS = 3, 4
 _HISTORY_S = 8  # what a stream remembers to find R peaks and its level
 
 # The detector: a band where QRS complexes are and T waves are not, its energy over the width of a complex, and how much
