@@ -1,6 +1,7 @@
 """How a command starts JAX: a host device for each core, wide vectors, compiled programs kept for the next start."""
 
 import contextlib
+import importlib.util
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ def start_jax() -> None:
     """Sets JAX up for a command, before it is first used. What the environment or the caller has settled stays."""
     _use_all_cores()
     _use_wide_vectors()
+    _overlap_gpu_kernels()
     _keep_compiled_programs()
 
 
@@ -28,12 +30,25 @@ def _use_all_cores() -> None:
 
 def _use_wide_vectors() -> None:
     """Lets XLA fill the vectors of a CPU with AVX-512, of which it takes half by itself."""
-    flags, width = os.environ.get("XLA_FLAGS", ""), "xla_cpu_prefer_vector_width"
-    # XLA ends the process over a flag it does not know; this one is known up to 0.12.
-    known = tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 12)
     with contextlib.suppress(OSError):
-        if known and width not in flags and " avx512f " in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-            os.environ["XLA_FLAGS"] = f"{flags} --{width}=512".strip()
+        if " avx512f " in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+            _set_flag("xla_cpu_prefer_vector_width", "512")
+
+
+def _overlap_gpu_kernels() -> None:
+    """Lets XLA start those of a step's small kernels together that do not wait for each other."""
+    if any(importlib.util.find_spec(f"jax_cuda{number}_plugin") for number in (12, 13)):
+        _set_flag("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT")
+        _set_flag("xla_gpu_graph_enable_concurrent_region", "true")
+
+
+def _set_flag(name: str, value: str) -> None:
+    """Sets a flag of XLA's that the environment leaves alone."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    # XLA ends the process over a flag it does not know; these are known up to 0.12.
+    known = tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 12)
+    if known and name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
 
 
 def _keep_compiled_programs() -> None:

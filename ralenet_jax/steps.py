@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ralenet_jax import augment, metrics, noise, optim
+from ralenet_jax.models import gpu_kernels
 
 AXIS = "batch"
 
@@ -46,7 +47,7 @@ def _mean_over_devices(tree: Any) -> Any:
     return unravel(jax.lax.pmean(flat, AXIS))
 
 
-def train_step(model, optimizer, protocol: str, fresh: bool, state, batch, source: NoiseSource, key):
+def train_step(model, optimizer, protocol: str, fresh: bool, state, batch, source: NoiseSource, key, unravel=None):
     """One optimiser step on this device's share of a batch.
 
     Args:
@@ -55,6 +56,7 @@ def train_step(model, optimizer, protocol: str, fresh: bool, state, batch, sourc
         batch: "clean" float32 `[B, L, C]` in mV and "id" int32 `[B]`; of recordings also what `augment.mix` takes.
         source: the noise.
         key: key of the run; used where noise is fresh.
+        unravel: gives the parameters from the vector that `state` holds in their place; None where it holds them.
 
     Returns:
         The state after, and the loss and the mean SNR in dB before the update, over all devices.
@@ -62,6 +64,7 @@ def train_step(model, optimizer, protocol: str, fresh: bool, state, batch, sourc
     mixture, peaks = _noisy_windows(protocol, source, batch, *((key, state.step) if fresh else (source.key, None)))
 
     def loss_of(params):
+        params = params if unravel is None else unravel(params)
         # The gradient of what does not train is a quarter of the work.
         trains = optim.trainable(model, params)
         params = jax.tree.map(lambda leaf, does: leaf if does else jax.lax.stop_gradient(leaf), params, trains)
@@ -122,6 +125,18 @@ def _pmap(
     return jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=donate)
 
 
+def _ravelled(params: Any) -> tuple[jax.Array, Callable]:
+    """All parameters in one vector, and what gives them back."""
+    vector, unravel = ravel_pytree(params)
+    leaves, tree = jax.tree.flatten(params)
+
+    def parts(vector):
+        split = gpu_kernels.split(vector, tuple(leaf.size for leaf in leaves))
+        return tree.unflatten(part.reshape(leaf.shape) for part, leaf in zip(split, leaves, strict=True))
+
+    return vector, parts if gpu_kernels.usable() else unravel
+
+
 def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Sequence[jax.Device]) -> Callable:
     """Builds `(state, block, count, source, key) → (state, scalars)`: `count` optimiser steps in one dispatch.
 
@@ -131,14 +146,18 @@ def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Seq
     """
 
     def train_block(state, block, count, source, key):
+        # One vector instead of three hundred arrays: to add the updates is one piece of work, not three hundred.
+        vector, unravel = (state.params, None) if hasattr(model, "FROZEN") else _ravelled(state.params)
+
         def one_step(i, carry):
             state, scalars = carry
             batch = jax.tree.map(lambda array: array[i], block)
-            state, new = train_step(model, optimizer, protocol, fresh, state, batch, source, key)
+            state, new = train_step(model, optimizer, protocol, fresh, state, batch, source, key, unravel)
             return state, jax.tree.map(lambda row, scalar: row.at[i].set(scalar), scalars, new)
 
         scalars = {name: jnp.zeros(block["id"].shape[0]) for name in ("loss", "snr_db")}
-        return jax.lax.fori_loop(0, count, one_step, (state, scalars))
+        state, scalars = jax.lax.fori_loop(0, count, one_step, (state.replace(params=vector), scalars))
+        return state.replace(params=unravel(state.params) if unravel else state.params), scalars
 
     return _pmap(train_block, devices, (None, 0, None, None, None), donate=(0,))
 

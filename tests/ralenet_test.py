@@ -133,7 +133,7 @@ def test_windows_wider_than_the_signal_are_cut():
 def test_options_of_a_block_run(options):
     block = ralenet.Block(*options)
     x = jnp.asarray(np.tile(X, (2, 1, 1))[:8])
-    y = jax.jit(lambda x: block.apply(block.init(jax.random.key(0), x), x))(x)
+    y = jax.jit(lambda x: ralenet.add(*block.apply(block.init(jax.random.key(0), x, None), x, None)))(x)
     assert y.shape == x.shape
     assert np.isfinite(y).all()
 
@@ -186,17 +186,20 @@ def test_r_wave_bias_by_hand():
 
 def test_partial_convolution_touches_one_channel():
     kernel = np.array([0.5, -1.0, 2.0], np.float32)
-    y = ralenet.LocalConv(1).apply({"params": {"kernel": kernel.reshape(3, 1, 1)}}, X)
-    expected = [np.correlate(row, kernel, "same") for row in X[0]]
-    np.testing.assert_allclose(y[0], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(y[1:], X[1:])
+    bias = np.arange(6, dtype=np.float32) / 10
+    y = ralenet.LocalConv(1).apply({"params": {"kernel": kernel.reshape(3, 1, 1)}}, X, bias)
+    inner = X + bias[:, None, None]
+    inner = inner * ndtr(inner)
+    expected = np.concatenate([[[np.correlate(row, kernel, "same") for row in inner[0]]], inner[1:]])
+    np.testing.assert_allclose(y, expected * ndtr(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_depthwise_convolution_has_a_kernel_for_each_channel():
     kernel = np.random.default_rng(2).standard_normal((3, 1, 6)).astype(np.float32)
-    y = ralenet.LocalConv(6).apply({"params": {"kernel": kernel}}, X)
-    expected = [[np.correlate(row, kernel[:, 0, c], "same") for row in X[c]] for c in range(6)]
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    y = ralenet.LocalConv(6).apply({"params": {"kernel": kernel}}, X, np.zeros(6, np.float32))
+    inner = X * ndtr(X)
+    expected = np.array([[np.correlate(row, kernel[:, 0, c], "same") for row in inner[c]] for c in range(6)])
+    np.testing.assert_allclose(y, expected * ndtr(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_efficient_channel_attention_against_numpy():
@@ -208,9 +211,17 @@ def test_efficient_channel_attention_against_numpy():
 
 def test_layer_norm_against_numpy():
     scale, bias = np.arange(1.0, 7), np.arange(6.0)
-    y = ralenet.LayerNorm().apply({"params": {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}}, X)
-    normal = (X - X.mean(0)) / np.sqrt(X.var(0) + 1e-5)
-    np.testing.assert_allclose(y, normal * scale[:, None, None] + bias[:, None, None], atol=1e-5)
+    variables = {"params": {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}}
+    added, table = np.cos(X), np.sin(X[:, 0])
+    for arguments, summed, normed in (
+        ((X,), X, X),
+        ((X, (added, scale)), X + added + scale[:, None, None], X + added + scale[:, None, None]),
+        ((X, (added, None), 3.0, table), X + added, 3 * (X + added) + table[:, None]),
+    ):
+        y, x = ralenet.LayerNorm().apply(variables, *arguments)
+        np.testing.assert_allclose(x, summed, atol=1e-6)
+        normal = (normed - normed.mean(0)) / np.sqrt(normed.var(0) + 1e-5)
+        np.testing.assert_allclose(y, normal * scale[:, None, None] + bias[:, None, None], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +234,7 @@ def test_layer_norm_against_numpy():
     ],
 )
 def test_resampling_order_by_hand(module, order, monkeypatch):
-    monkeypatch.setattr(ralenet.LayerNorm, "__call__", lambda self, x: x)
+    monkeypatch.setattr(ralenet.LayerNorm, "__call__", lambda self, x: (x, x))
     x = jnp.arange(8.0).reshape(2, 1, 4)
     channels = len(order)
     y = module.apply({"params": {"dense": {"kernel": jnp.eye(channels)}}}, x)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ralenet_jax.errors import UserError
+from ralenet_jax.models import gpu_kernels
 from ralenet_jax.models.attention import attend
 from ralenet_jax.models.batch_norm import BatchNorm
 from ralenet_jax.models.convolution import Conv
@@ -43,21 +44,47 @@ def _shifts(x):
     return [padded[..., i : i + x.shape[-1]] for i in range(3)]
 
 
-class Dense(nn.Module):
-    """Mixes channels."""
+def mix(x, kernel):
+    """Mixes channels: `[C, B, L]`, `[C, features]` → `[features, B, L]`."""
+    channels, batch, length = x.shape
+    return (kernel.T.astype(x.dtype) @ x.reshape(channels, batch * length)).reshape(-1, batch, length)
+
+
+def each_channel(x):
+    """`[C]` → `[C, 1, 1]`."""
+    return x[:, None, None]
+
+
+def add(x, added):
+    """Adds to x `[C, B, L]` a tuple of another one and its bias `[C]`, either None for nothing."""
+    if added is None:
+        return x
+    y, bias = added
+    return x + (y if bias is None else y + each_channel(bias.astype(x.dtype)))
+
+
+class Weights(nn.Module):
+    """The parameters of a dense layer over the channels."""
 
     features: int
     use_bias: bool = True
 
     @nn.compact
+    def __call__(self, channels):
+        """Kernel `[C, features]` and bias `[features]`, None without one."""
+        kernel = self.param("kernel", uniform(channels), (channels, self.features))
+        return kernel, self.param("bias", uniform(channels), (self.features,)) if self.use_bias else None
+
+
+class Dense(Weights):
+    """Mixes channels."""
+
+    @nn.compact
     def __call__(self, x):
         """`[C, B, L]` → `[features, B, L]`."""
-        channels, batch, length = x.shape
-        kernel = self.param("kernel", uniform(channels), (channels, self.features))
-        y = (kernel.T.astype(x.dtype) @ x.reshape(channels, batch * length)).reshape(self.features, batch, length)
-        if self.use_bias:
-            y += self.param("bias", uniform(channels), (self.features,)).astype(x.dtype)[:, None, None]
-        return y
+        kernel, bias = super().__call__(len(x))
+        y = mix(x, kernel)
+        return y if bias is None else y + each_channel(bias.astype(x.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -66,15 +93,29 @@ class LayerNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x):
-        """`[C, B, L]` → the same shape."""
+    def __call__(self, x, added=None, factor=1.0, table=None):
+        """Normalises the sum of x and what is added to it, made `factor` times as large, with a table added.
+
+        Args:
+            x: `[C, B, L]`.
+            added: as for `add`.
+            table: `[C, L]`; None for nothing.
+
+        Returns:
+            The normalised and the sum, both `[C, B, L]`.
+        """
         scale = self.param("scale", nn.initializers.ones, x.shape[:1])
         bias = self.param("bias", nn.initializers.zeros, x.shape[:1])
-        x, dtype = x.astype(jnp.float32), x.dtype
-        x -= x.mean(0, keepdims=True)
-        var = jnp.square(x).mean(0, keepdims=True)
-        y = x * jax.lax.rsqrt(var + self.epsilon) * scale[:, None, None] + bias[:, None, None]
-        return y.astype(dtype)
+        if gpu_kernels.usable(*x.shape[::2]):
+            return gpu_kernels.add_and_norm(x, added, scale, bias, table, factor, self.epsilon)
+        x = add(x, added)
+        y = x.astype(jnp.float32)
+        if table is not None:
+            y = y * np.float32(factor) + table[:, None]
+        y -= y.mean(0, keepdims=True)
+        var = jnp.square(y).mean(0, keepdims=True)
+        y = y * jax.lax.rsqrt(var + self.epsilon) * each_channel(scale) + each_channel(bias)
+        return y.astype(x.dtype), x
 
 
 class RWaveBias(nn.Module):
@@ -103,31 +144,47 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, bias, start, inside):
-        """`[C, B, L]` → the same shape; bias, start and inside as for `attend`."""
+        """`[C, B, L]` → the same shape, and the bias `[C]` still to be added; the others as for `attend`."""
         channels, batch, length = x.shape
+        query, key_value = Weights(channels, name="query")(channels), Weights(2 * channels, name="key_value")(channels)
+        window = () if bias is None else bias.shape[1:]
+        if gpu_kernels.usable(length, *window) and (start is None or 0 <= start <= length - max(window, default=0)):
+            kernel, offset = (jnp.concatenate(pair, -1) for pair in zip(query, key_value, strict=True))
+            features = mix(x, kernel).reshape(3, -1, HEAD_DIM, batch, length)
+            y = gpu_kernels.attend(features, offset.reshape(features.shape[:3]), bias, inside, start)
+            y = y.reshape(x.shape)
+        else:
 
-        def heads(features):
-            return features.reshape(-1, HEAD_DIM, batch, length).transpose(0, 2, 1, 3)
+            def heads(features):
+                return features.reshape(-1, HEAD_DIM, batch, length).transpose(0, 2, 1, 3)
 
-        query = heads(Dense(channels, name="query")(x) * HEAD_DIM**-0.5)
-        key, value = jnp.split(Dense(2 * channels, name="key_value")(x), 2)
-        # Initial values do not depend on it, and to trace it takes a third of the time to draw them.
-        y = query if self.is_initializing() else attend(query, heads(key), heads(value), bias, start, inside)
-        return Dense(channels, name="out")(y.transpose(0, 2, 1, 3).reshape(x.shape))
+            query, key_value = (
+                mix(x, kernel) + each_channel(offset.astype(x.dtype)) for kernel, offset in (query, key_value)
+            )
+            query = heads(query * HEAD_DIM**-0.5)
+            key, value = jnp.split(key_value, 2)
+            # Initial values do not depend on it, and to trace it takes a third of the time to draw them.
+            y = query if self.is_initializing() else attend(query, heads(key), heads(value), bias, start, inside)
+            y = y.transpose(0, 2, 1, 3).reshape(x.shape)
+        kernel, offset = Weights(channels, name="out")(channels)
+        return mix(y, kernel), offset
 
 
 class LocalConv(nn.Module):
-    """Convolution of width 3 along the samples, without bias, of each of the first `channels` channels by itself."""
+    """Convolution of width 3 along the samples of each of the first channels by itself, between two GELUs."""
 
-    channels: int
+    convolved: int
 
     @nn.compact
-    def __call__(self, x):
-        """`[C, B, L]` → the same shape."""
-        kernel = self.param("kernel", uniform(3), (3, 1, self.channels)).astype(x.dtype)
-        taps = zip(_shifts(x[: self.channels]), kernel, strict=True)
-        convolved = sum(shift * weight[0][:, None, None] for shift, weight in taps)
-        return jnp.concatenate([convolved, x[self.channels :]])
+    def __call__(self, x, bias):
+        """`[C, B, L]` and the bias `[C]` that is still to be added to it → the same shape."""
+        kernel = self.param("kernel", uniform(3), (3, 1, self.convolved))
+        if self.convolved == 1 and gpu_kernels.usable(*x.shape[::2]):
+            return gpu_kernels.local_enhancement(x, bias, kernel.ravel())
+        x = gelu(x + each_channel(bias.astype(x.dtype)))
+        taps = zip(_shifts(x[: self.convolved]), kernel.astype(x.dtype), strict=True)
+        convolved = sum(shift * each_channel(weight[0]) for shift, weight in taps)
+        return gelu(jnp.concatenate([convolved, x[self.convolved :]]))
 
 
 class EfficientChannelAttention(nn.Module):
@@ -150,14 +207,20 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """`[C, B, L]` → the same shape."""
+        """`[C, B, L]` → the same shape, and the bias `[C]` still to be added, None if there is none."""
         channels = x.shape[0]
-        hidden = gelu(Dense(4 * channels, name="expand")(x))
-        if self.local_enhancement != "none":
+        kernel, offset = Weights(4 * channels, name="expand")(channels)
+        hidden = mix(x, kernel)
+        if self.local_enhancement == "none":
+            hidden = gelu(hidden + each_channel(offset.astype(x.dtype)))
+        else:
             convolved = 1 if self.local_enhancement == "partial" else 4 * channels
-            hidden = gelu(LocalConv(convolved, name="local")(hidden))
-        y = Dense(channels, name="project")(hidden)
-        return EfficientChannelAttention(name="channel_attention")(y) if self.efficient_channel_attention else y
+            hidden = LocalConv(convolved, name="local")(hidden, offset)
+        kernel, offset = Weights(channels, name="project")(4 * channels)
+        y = mix(hidden, kernel)
+        if not self.efficient_channel_attention:
+            return y, offset
+        return EfficientChannelAttention(name="channel_attention")(y + each_channel(offset.astype(x.dtype))), None
 
 
 class Block(nn.Module):
@@ -167,18 +230,18 @@ class Block(nn.Module):
     efficient_channel_attention: bool
 
     @nn.compact
-    def __call__(self, x, bias=None, start=None, inside=None):
-        """`[C, B, L]` → the same shape; bias, start and inside as for `attend`."""
+    def __call__(self, x, added, bias=None, start=None, inside=None):
+        """`[C, B, L]` and what is still to be added to it → the same; bias, start and inside as for `attend`."""
         channels, _, length = x.shape
-        placed = x * np.float32(channels**0.5) + sinusoid(length, channels)[:, None]  # float32
-        attended = LayerNorm(name="attention_norm")(placed).astype(x.dtype)
-        x += Attention(name="attention")(attended, bias, start, inside)
+        placed, x = LayerNorm(name="attention_norm")(x, added, channels**0.5, sinusoid(length, channels))
+        attended = Attention(name="attention")(placed, bias, start, inside)
         feed_forward = FeedForward(self.local_enhancement, self.efficient_channel_attention, name="feed_forward")
-        return x + feed_forward(LayerNorm(name="feed_forward_norm")(x))
+        normalised, x = LayerNorm(name="feed_forward_norm")(x, attended)
+        return x, feed_forward(normalised)
 
 
 # Traced once for each shape instead of for each of the 18 blocks.
-_TracedOnce = nn.jit(Block, static_argnums=(3,))
+_TracedOnce = nn.jit(Block, static_argnums=(4,))
 
 
 class PatchMerging(nn.Module):
@@ -189,7 +252,7 @@ class PatchMerging(nn.Module):
         """`[C, B, L]` → `[2C, B, L/2]`."""
         channels, batch, length = x.shape
         x = x.reshape(channels, batch, length // 2, 2).transpose(3, 0, 1, 2).reshape(2 * channels, batch, length // 2)
-        return Dense(2 * channels, use_bias=False, name="dense")(LayerNorm(name="norm")(x))
+        return Dense(2 * channels, use_bias=False, name="dense")(LayerNorm(name="norm")(x)[0])
 
 
 class PatchSeparation(nn.Module):
@@ -200,7 +263,7 @@ class PatchSeparation(nn.Module):
         """`[C, B, L]` → `[C/2, B, 2L]`."""
         channels = x.shape[0] // 2
         x = jnp.concatenate([x[:channels], x[channels:]], 2)
-        return Dense(channels, use_bias=False, name="dense")(LayerNorm(name="norm")(x))
+        return Dense(channels, use_bias=False, name="dense")(LayerNorm(name="norm")(x)[0])
 
 
 class RALENet(nn.Module):
@@ -252,10 +315,11 @@ class RALENet(nn.Module):
         block_class = Block if self.is_initializing() else _TracedOnce
 
         def two_blocks(name, y, window=(None, None, None)):
+            added = None
             for i in range(2):
                 block = block_class(self.local_enhancement, self.efficient_channel_attention, name=f"{name}_{i}")
-                y = block(y, *window)
-            return y
+                y, added = block(y, added, *window)
+            return add(y, added)
 
         stem = nn.leaky_relu(Conv(STEM_WIDTH, 3, padding=1, name="stem")(x.transpose(2, 0, 1).astype(self.dtype)), 0.2)
         y = stem = BatchNorm(self.axis_name, channel_axis=0, name="stem_norm")(stem, train)
