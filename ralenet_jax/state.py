@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ralenet_jax import optim
-from ralenet_jax.models import build_model, initializers
+from ralenet_jax.models import build_model, gpu_kernels, initializers
 
 
 @flax.struct.dataclass
@@ -49,7 +49,8 @@ def create_state(
             opt_state=optimizer.init(params),
         )
 
-    with initializers.drawn_on_host(seed):
+    # Initial values do not depend on how the model is computed.
+    with initializers.drawn_on_host(seed), gpu_kernels.without_kernels():
         return jax.jit(create)()
 
 
