@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from ralenet_jax import checkpoint, evaluate, input_pipeline, provenance, startup, torch_weights
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError, reason
+from ralenet_jax.models import gpu_kernels
 
 TEXTS = ("config", "window", "provenance")
 _COMPARED = 5  # random windows
@@ -351,7 +352,7 @@ def write(trained: Trained, name: str, path: str | Path) -> float:
         config = trained.config.copy_and_resolve_references()
         config.model.dtype = "float32"
         trained = dataclasses.replace(trained, config=config)
-    with jax.default_device(_cpu()):
+    with jax.default_device(_cpu()), gpu_kernels.traced_for("cpu"):
         data = chosen.write(trained)
         windows = np.random.default_rng(0).standard_normal((_COMPARED, *trained.window), np.float32)
         try:

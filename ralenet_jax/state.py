@@ -50,7 +50,7 @@ def create_state(
         )
 
     # Initial values do not depend on how the model is computed.
-    with initializers.drawn_on_host(seed), gpu_kernels.without_kernels():
+    with initializers.drawn_on_host(seed), gpu_kernels.traced_for("cpu"):
         return jax.jit(create)()
 
 

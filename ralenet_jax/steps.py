@@ -122,7 +122,12 @@ def denoise_step(model, protocol: str, state_variables, batch, source: NoiseSour
 def _pmap(
     step: Callable, devices: Sequence[jax.Device], in_axes: tuple, donate: tuple[int, ...] = (), out_axes=None
 ) -> Callable:
-    return jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=donate)
+    @functools.wraps(step)
+    def traced(*arguments):
+        with gpu_kernels.traced_for(devices[0].platform):
+            return step(*arguments)
+
+    return jax.pmap(traced, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=donate)
 
 
 def _ravelled(params: Any) -> tuple[jax.Array, Callable]:

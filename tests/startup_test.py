@@ -76,6 +76,18 @@ def test_vectors_stay_as_they_are(config, monkeypatch, reason):
     assert os.environ["XLA_FLAGS"] == flags
 
 
+def test_kernels_overlap_where_jax_has_cuda(config, monkeypatch):
+    config.cpu = ""
+    monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin" or None)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_graph_enable_concurrent_region=false")
+    startup.start_jax()
+    said, ours = os.environ["XLA_FLAGS"].split()
+    assert (said, ours) == (
+        "--xla_gpu_graph_enable_concurrent_region=false",
+        "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
+    )
+
+
 def test_programs_are_kept_in_the_users_cache_folder(config, tmp_path):
     startup.start_jax()
     assert config.seen["jax_compilation_cache_dir"] == str(tmp_path / "cache/ralenet_jax")

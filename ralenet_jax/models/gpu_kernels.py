@@ -17,8 +17,7 @@ import types
 import jax
 import jax.numpy as jnp
 
-_allowed = contextvars.ContextVar("kernels allowed", default=True)
-_interpreted = contextvars.ContextVar("kernels interpreted", default=False)
+_target = contextvars.ContextVar("target", default=None)
 _PLENTY = 2**18  # samples of all heads; then there are more programs than the device runs at a time
 _WARP = 32  # threads
 _READ_AHEAD = 24  # arrays
@@ -26,29 +25,27 @@ _LOCAL_ELEMENTS = 2048  # of a program
 
 
 @contextlib.contextmanager
-def without_kernels():
-    """While it lasts, only plain forms are traced, as a program needs that is to run anywhere."""
-    token = _allowed.set(False)
+def traced_for(target):
+    """While it lasts, what is traced is for a platform: "gpu", "cpu", …; else it is for JAX's default.
+
+    "interpreted": with kernels, but as operations that run anywhere, slowly; for tests.
+    """
+    token = _target.set(target)
     try:
         yield
     finally:
-        _allowed.reset(token)
+        _target.reset(token)
 
 
-@contextlib.contextmanager
-def interpreted():
-    """While it lasts, kernels are traced on every device, as operations that run there, slowly; for tests."""
-    token = _interpreted.set(True)
-    try:
-        yield
-    finally:
-        _interpreted.reset(token)
+def target():
+    """What is traced now is for this platform."""
+    return _target.get() or jax.default_backend()
 
 
 def usable(*sizes):
     """Whether kernels for arrays of these sizes can be had: on a GPU, for powers of two."""
     fit = all(isinstance(size, int) and size > 0 and size & (size - 1) == 0 for size in sizes)
-    return fit and _allowed.get() and (_interpreted.get() or (jax.default_backend() == "gpu" and _pallas() is not None))
+    return fit and (target() == "interpreted" or (target() == "gpu" and _pallas() is not None))
 
 
 @functools.cache
@@ -79,7 +76,7 @@ def _call(kernel, grid, inputs, out_shape, outputs, warps):
         in_specs=specs(inputs),
         out_specs=specs(outputs),
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out_shape],
-        interpret=_interpreted.get(),
+        interpret=target() == "interpreted",
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
     )
 

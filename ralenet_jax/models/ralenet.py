@@ -224,10 +224,16 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; the positional table enters the attention branch alone."""
+    """Pre-norm transformer block; the positional table enters the attention branch alone.
+
+    Attributes:
+        local_enhancement, efficient_channel_attention: as of `RALENet`.
+        target: what it is traced for, so that there is a trace for each.
+    """
 
     local_enhancement: str
     efficient_channel_attention: bool
+    target: str = ""
 
     @nn.compact
     def __call__(self, x, added, bias=None, start=None, inside=None):
@@ -313,11 +319,12 @@ class RALENet(nn.Module):
 
         # While initial values are drawn every block needs a trace of its own.
         block_class = Block if self.is_initializing() else _TracedOnce
+        options = self.local_enhancement, self.efficient_channel_attention
 
         def two_blocks(name, y, window=(None, None, None)):
             added = None
             for i in range(2):
-                block = block_class(self.local_enhancement, self.efficient_channel_attention, name=f"{name}_{i}")
+                block = block_class(*options, gpu_kernels.target(), name=f"{name}_{i}")
                 y, added = block(y, added, *window)
             return add(y, added)
 
