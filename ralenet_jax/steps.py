@@ -131,15 +131,15 @@ def _pmap(
 
 
 def _ravelled(params: Any) -> tuple[jax.Array, Callable]:
-    """All parameters in one vector, and what gives them back."""
-    vector, unravel = ravel_pytree(params)
+    """All parameters in one vector, and what gives them back; for where there are kernels."""
+    vector, _ = ravel_pytree(params)
     leaves, tree = jax.tree.flatten(params)
 
-    def parts(vector):
-        split = gpu_kernels.split(vector, tuple(leaf.size for leaf in leaves))
-        return tree.unflatten(part.reshape(leaf.shape) for part, leaf in zip(split, leaves, strict=True))
+    def unravel(vector):
+        parts = gpu_kernels.split(vector, tuple(leaf.size for leaf in leaves))
+        return tree.unflatten(part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
 
-    return vector, parts if gpu_kernels.usable() else unravel
+    return vector, unravel
 
 
 def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Sequence[jax.Device]) -> Callable:
@@ -151,8 +151,10 @@ def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Seq
     """
 
     def train_block(state, block, count, source, key):
-        # One vector instead of three hundred arrays: to add the updates is one piece of work, not three hundred.
-        vector, unravel = (state.params, None) if hasattr(model, "FROZEN") else _ravelled(state.params)
+        params, unravel = state.params, None
+        if gpu_kernels.usable() and not hasattr(model, "FROZEN"):
+            # One vector instead of three hundred arrays: to add the updates is one kernel, not three hundred.
+            params, unravel = _ravelled(params)
 
         def one_step(i, carry):
             state, scalars = carry
@@ -161,8 +163,8 @@ def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Seq
             return state, jax.tree.map(lambda row, scalar: row.at[i].set(scalar), scalars, new)
 
         scalars = {name: jnp.zeros(block["id"].shape[0]) for name in ("loss", "snr_db")}
-        state, scalars = jax.lax.fori_loop(0, count, one_step, (state.replace(params=vector), scalars))
-        return state.replace(params=unravel(state.params) if unravel else state.params), scalars
+        state, scalars = jax.lax.fori_loop(0, count, one_step, (state.replace(params=params), scalars))
+        return (state if unravel is None else state.replace(params=unravel(state.params))), scalars
 
     return _pmap(train_block, devices, (None, 0, None, None, None), donate=(0,))
 

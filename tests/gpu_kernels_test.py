@@ -122,4 +122,6 @@ def test_kernels_are_for_gpus_and_powers_of_two():
     with gpu_kernels.traced_for("interpreted"):
         assert gpu_kernels.usable(256, 8) and not gpu_kernels.usable(320) and not gpu_kernels.usable(256, 0)
         with gpu_kernels.traced_for("cpu"):
-            assert not gpu_kernels.usable(256)
+            assert gpu_kernels.usable(256)
+    with gpu_kernels.traced_for("cpu"):
+        assert not gpu_kernels.usable(256)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from ralenet_jax import metrics, noise, steps
-from ralenet_jax.models import build_model
+from ralenet_jax.models import build_model, gpu_kernels
 from ralenet_jax.models.batch_norm import BatchNorm
 from ralenet_jax.state import create_state
 
@@ -61,6 +61,15 @@ def small():
 
 def _largest_difference(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.max(np.abs(x - y)), a, b)))
+
+
+def test_parameters_in_one_vector_train_alike(small):
+    plain, plain_scalars = small.run(2, count=3)
+    with gpu_kernels.traced_for("interpreted"):
+        state, scalars = _Setup(small.model).run(2, count=3)
+    assert jax.tree.structure(state.params) == jax.tree.structure(plain.params)
+    assert _largest_difference(state.params, plain.params) < 1e-6
+    assert _largest_difference(scalars, plain_scalars) < 1e-5
 
 
 # Their gradients take long to compile; the forward pass of the rivals over two devices is tested with the models.

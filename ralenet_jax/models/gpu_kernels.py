@@ -28,9 +28,9 @@ _LOCAL_ELEMENTS = 2048  # of a program
 def traced_for(target):
     """While it lasts, what is traced is for a platform: "gpu", "cpu", …; else it is for JAX's default.
 
-    "interpreted": with kernels, but as operations that run anywhere, slowly; for tests.
+    "interpreted": with kernels, but as operations that run anywhere, slowly; for tests, whatever the platform inside.
     """
-    token = _target.set(target)
+    token = _target.set("interpreted" if _target.get() == "interpreted" else target)
     try:
         yield
     finally:
@@ -45,7 +45,7 @@ def target():
 def usable(*sizes):
     """Whether kernels for arrays of these sizes can be had: on a GPU, for powers of two."""
     fit = all(isinstance(size, int) and size > 0 and size & (size - 1) == 0 for size in sizes)
-    return fit and (target() == "interpreted" or (target() == "gpu" and _pallas() is not None))
+    return fit and (target() == "interpreted" or (target() in ("gpu", "cuda") and _pallas() is not None))
 
 
 @functools.cache

@@ -326,6 +326,8 @@ class RALENet(nn.Module):
             for i in range(2):
                 block = block_class(*options, gpu_kernels.target(), name=f"{name}_{i}")
                 y, added = block(y, added, *window)
+                if not gpu_kernels.usable():  # where no kernel adds: one trace for both blocks
+                    y, added = add(y, added), None
             return add(y, added)
 
         stem = nn.leaky_relu(Conv(STEM_WIDTH, 3, padding=1, name="stem")(x.transpose(2, 0, 1).astype(self.dtype)), 0.2)
