@@ -101,7 +101,7 @@ def attend(features, offset, bias, inside, start):
 def _attend_forward(features, offset, bias, inside, start):
     """A thread has a few queries and goes through the keys: no sum is over several threads."""
     _, heads, dim, batch, length = features.shape
-    grid, tile, warps = _share(heads, batch, length)
+    grid, tile = _share(heads, batch, length)
 
     def kernel(features, offset, *refs):
         window, (out, log_sum) = _Window.of(refs, bias, inside, start, length)
@@ -129,16 +129,15 @@ def _attend_forward(features, offset, bias, inside, start):
     shapes = [((heads, dim, batch, length), features.dtype), ((heads, batch, length), jnp.float32)]
     outputs = [_out(dim, length), _per_query(length)]
     arrays = [features, offset, *_window_arrays(bias, inside)]
-    out, log_sum = _call(kernel, grid, inputs, shapes, outputs, warps)(*arrays)
+    out, log_sum = _call(kernel, grid, inputs, shapes, outputs, 1)(*arrays)
     return out, (features, offset, bias, inside, out, log_sum)
 
 
 def _attend_backward(start, residuals, d_out):
     """A thread has a few samples: as queries it goes through the keys, as keys through the queries."""
-    pl, triton = _pallas()
     features, offset, bias, inside, out, log_sum = residuals
     _, heads, dim, batch, length = features.shape
-    grid, tile, warps = _share(heads, batch, length)
+    grid, tile = _share(heads, batch, length)
     scale = dim**-0.5
 
     def kernel(features, offset, out, log_sum, d_out, *refs):
@@ -194,7 +193,7 @@ def _attend_backward(start, residuals, d_out):
         outputs.append(((None, None, *bias.shape[1:]), lambda h, b, t: (b, h, 0, 0)))
     arrays = [features, offset, out, log_sum, d_out, *_window_arrays(bias, inside)]
     inputs += _window_specs(bias, inside)
-    d_features, d_offset, *d_bias = _call(kernel, grid, inputs, shapes, outputs, warps)(*arrays)
+    d_features, d_offset, *d_bias = _call(kernel, grid, inputs, shapes, outputs, 1)(*arrays)
     d_bias = jnp.swapaxes(d_bias[0].sum(0), 1, 2) if d_bias else None
     return d_features, d_offset.sum(0), d_bias, None
 
@@ -203,10 +202,10 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _share(heads, batch, length):
-    """The grid, the samples of a program and its warps: one sample for each thread, or four where there are plenty."""
+    """The grid, and the samples of a program of one warp: one for each thread, four where there are plenty."""
     samples = 4 * _WARP if heads * batch * length >= _PLENTY else _WARP
     tile = min(length, samples)
-    return (heads, batch, length // tile), tile, 1
+    return (heads, batch, length // tile), tile
 
 
 def _rows(tile):
