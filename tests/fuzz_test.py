@@ -310,6 +310,7 @@ def told_in_one_line(call, *given) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "The inplace keyword")  # the import of wfdb 4.3.1 under pandas 3.1
             call(*given)
     except UserError as error:
         assert str(error).isprintable() and 0 < len(str(error)) < LONGEST_LINE, repr(str(error))
