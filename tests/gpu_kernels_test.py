@@ -59,6 +59,24 @@ def test_attention_agrees_with_plain_form(length, kind):
         assert_same_with_gradients(kernel, twin, (features, offset, drawn(heads, length, length)))
 
 
+def test_attention_with_several_samples_for_each_thread(monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "_PLENTY", 1)
+    kernel = lambda *arguments: gpu_kernels.attend(*arguments, None, 28)  # noqa: E731
+    twin = lambda *arguments: plain_attention(*arguments, start=28)  # noqa: E731
+    assert_same_with_gradients(kernel, twin, (drawn(3, 2, 4, 1, 64), drawn(3, 2, 4), drawn(2, 8, 8)))
+
+
+def test_a_window_over_the_edge_has_no_kernel():
+    x, bias = drawn(8, 1, 16), drawn(2, 8, 8)
+    module = ralenet.Attention()
+    variables = module.init(jax.random.key(0), x, bias, -3, None)
+    with gpu_kernels.traced_for("interpreted"):
+        over = module.apply(variables, x, bias, -3, None)[0]
+        assert "pallas_call" not in str(jax.make_jaxpr(lambda x: module.apply(variables, x, bias, -3, None))(x))
+        assert "pallas_call" in str(jax.make_jaxpr(lambda x: module.apply(variables, x, bias, 4, None))(x))
+    np.testing.assert_array_equal(over, module.apply(variables, x, bias, -3, None)[0])
+
+
 def test_attention_of_large_logits_is_finite():
     features = jnp.full((3, 1, 4, 1, 16), 1e3)
     with gpu_kernels.traced_for("interpreted"):
