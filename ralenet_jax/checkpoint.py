@@ -188,6 +188,18 @@ def _over_processes(array: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(mesh, PartitionSpec()), [own])
 
 
+@contextlib.contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """As `writing`, whatever Orbax makes of a refusal; that another process is gone is not one."""
+    try:
+        with writing(folder, Exception):
+            yield
+    except UserError as error:
+        if jax.process_count() > 1 and isinstance(error.__cause__, jax.errors.JaxRuntimeError):
+            raise error.__cause__ from None
+        raise
+
+
 def _score(metrics: dict[str, float]) -> float:
     return metrics[_METRIC]
 
@@ -237,7 +249,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, *_):
-        with writing(self.directory, Exception):
+        with _saving(self.directory):
             self._manager.close()
 
     def save(self, state: Any, snr_db: float | None, input_position: dict[str, Any] | None = None) -> None:
@@ -252,12 +264,12 @@ class Checkpointer:
             custom[_POSITION] = input_position
         if jax.process_count() > 1:
             state = jax.tree.map(_over_processes, state)
-        with writing(self.directory, Exception):
+        with _saving(self.directory):
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, custom_metadata=custom)
 
     def wait(self) -> None:
         """Waits until what was saved is on disk."""
-        with writing(self.directory, Exception):
+        with _saving(self.directory):
             self._manager.wait_until_finished()
 
     @property

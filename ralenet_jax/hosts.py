@@ -4,17 +4,21 @@ Every process runs the same program on the same configuration; the first (proces
 With one process all of this does nothing.
 """
 
+import atexit
 import contextlib
 import itertools
 import os
 import signal
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # where JAX keeps the store that all processes see; Orbax takes it from there too
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import multihost
@@ -24,6 +28,7 @@ from ralenet_jax.errors import UserError
 LOST = 3  # exit code of a process whose companions are gone
 _Result = TypeVar("_Result")
 _waits = itertools.count()
+_watch: "_Watch | None" = None
 
 
 def connect(config: ConfigDict) -> None:
@@ -56,7 +61,7 @@ def connect(config: ConfigDict) -> None:
             number,
             cluster_detection_method=None if auto else "deactivate",
             initialization_timeout=start_timeout,
-            heartbeat_timeout_seconds=timeout,
+            heartbeat_timeout_seconds=2 * timeout,  # ours (`_Watch`) comes first
             shutdown_timeout_seconds=timeout,
         )
     except (ValueError, RuntimeError) as error:
@@ -64,6 +69,9 @@ def connect(config: ConfigDict) -> None:
         raise UserError(f"{asked}: the processes did not come together ({reason}); see docs/pods.md") from error
     # JAX has taken SIGTERM for a protocol of its own, which would leave a process that is still starting alive.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    global _watch
+    _watch = _Watch(distributed.global_state.client, timeout)
+    atexit.register(_watch.end)  # before JAX's own goodbye, which was registered earlier
 
 
 def is_first() -> bool:
@@ -120,22 +128,103 @@ def require_same(text: str, message: str) -> None:
 
 @contextlib.contextmanager
 def bound_together() -> Iterator[None]:
-    """Ends this process, in one line, when a computation over several of them fails: another one is gone.
+    """Ends this process, in one line, when a computation over several of them fails (one is gone), or it is refused.
 
-    At once: whatever else is open (a checkpoint being written, the orderly goodbye) would wait for the lost one. Where
-    a computation does not notice, JAX does, by its heartbeat, and ends the process itself.
+    At once: whatever else is open (a checkpoint being written, the orderly goodbye) would wait for the lost one, or the
+    others for this one. Where a computation does not notice, `_Watch` does.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if _watch is None:
             raise
-        reason = str(error).splitlines()[0]
-        print(
-            f"ralenet: stopped: process {jax.process_index()} of {jax.process_count()} lost the others ({reason}); "
-            "the same command on all goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
+        _watch.lose(str(error).splitlines()[0])
+    except UserError as error:
+        if _watch is None:
+            raise
+        _watch.refuse(error)
+
+
+class _Watch:
+    """Ends this process, in one line, when another one has shown no sign of life for `timeout` seconds.
+
+    JAX's own heartbeat does so with a stack trace and SIGABRT. As there, process 0 keeps the store: every process
+    changes its entry in it ever so often, process 0 looks at all of them and the others look at its entry alone, where
+    it tells whom it lost, so that the traffic grows as the number of processes does.
+
+    Args:
+        client: of JAX's key-value store.
+        timeout: s.
+    """
+
+    _ENTRY = "ralenet/alive/"
+    _LOST = "lost "
+
+    def __init__(self, client, timeout: float):
+        self._client, self._timeout = client, timeout
+        self._me, self._count = jax.process_index(), jax.process_count()
+        self._every = max(timeout / 20, 0.5)
+        watched = range(1, self._count) if self._me == 0 else [0]
+        self._entries = dict.fromkeys(watched, "")
+        self._changed = dict.fromkeys(watched, time.monotonic())
+        self._word = ""  # the last one, if there is one to say
+        self._ended, self._leaving = threading.Event(), threading.Lock()
+        # The store may not answer for as long as process 0 is frozen, so that one thread asks and the other one judges.
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._exchange, self._judge)]
+        for thread in self._threads:
+            thread.start()
+
+    def end(self) -> None:
+        """This process is through: what is left is JAX's own goodbye, with the same time to wait."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(self._every)
+
+    def lose(self, reason: str) -> None:
+        """Ends this process as one that lost the others."""
+        line = f"stopped: process {self._me} of {self._count} lost the others ({reason})"
+        self._leave(LOST, f"{line}; the same command on all goes on from the last checkpoint", reason)
+
+    def refuse(self, error: UserError) -> None:
+        """Ends this process as one that was refused what the others were not."""
+        self._leave(2, f"error: {error}", f"process {self._me} was refused; its own message tells why")
+
+    def _leave(self, code: int, line: str, reason: str) -> None:
+        self._leaving.acquire()  # one thread does
+        print(f"ralenet: {line}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(LOST)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if self._me == 0 or code != LOST:
+                self._word = self._LOST + reason
+                self._tell(self._word)
+            if self._me == 0:  # without it JAX ends the others, with a stack trace
+                time.sleep(2 * self._every)
+        os._exit(code)
+
+    def _tell(self, text: str) -> None:
+        self._client.key_value_set(f"{self._ENTRY}{self._me}", text, allow_overwrite=True)
+
+    def _read(self) -> dict[int, str]:
+        if self._me:
+            return {0: self._client.key_value_try_get(f"{self._ENTRY}0")}
+        entries = self._client.key_value_dir_get(self._ENTRY)
+        return {int(name.rpartition("/")[2]): text for name, text in entries}
+
+    def _exchange(self) -> None:
+        for count in itertools.count():
+            # Errors: process 0 is gone, which is noticed by its silence, or has not written yet.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self._tell(self._word or str(count))
+                for number, text in self._read().items():
+                    if self._entries.get(number, text) != text:
+                        self._entries[number], self._changed[number] = text, time.monotonic()
+            if self._ended.wait(self._every):
+                return
+
+    def _judge(self) -> None:
+        while not self._ended.wait(self._every / 2):
+            for number, told in tuple(self._entries.items()):
+                if told.startswith(self._LOST):
+                    self.lose(told.removeprefix(self._LOST))
+                if time.monotonic() - self._changed[number] > self._timeout:
+                    self.lose(f"process {number} gave no sign of life for {self._timeout} seconds")

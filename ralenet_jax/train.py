@@ -228,7 +228,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             _note_start(run, workdir, step)
         bar = _Progress(step, run.total_steps, run.epoch_steps, run.batch_size)
         log = Writer(workdir, step) if hosts.is_first() else Silent()
-        with log as writer, bar as progress, hosts.bound_together():
+        with log as writer, bar as progress, hosts.bound_together(), writing(workdir):
             progress.line(_greeting(run, workdir, step))
             if step < run.total_steps:
                 run.compile_together(step)

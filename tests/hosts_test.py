@@ -1,5 +1,6 @@
 """Several processes on the loopback, with gloo between them: real runs of the command, and what stands around them."""
 
+import contextlib
 import json
 import os
 import signal
@@ -123,6 +124,22 @@ def test_two_processes_train_as_one_does_and_the_first_alone_writes(data_dir, on
     assert "127.0.0.1" not in (tmp_path / "run" / "config.json").read_text()
 
 
+@pytest.mark.slow
+def test_four_processes_train_as_one_does_also_after_one_died(data_dir, one_by_four, tmp_path):
+    workdir = tmp_path / "run"
+    with _Run(tmp_path / "a", data_dir, workdir, 4, 2, "distributed.timeout_s=30") as run:
+        run.wait_for("epoch 3:")
+        run.processes[2].kill()
+        for number in (0, 1, 3):
+            assert run.processes[number].wait(_BOUND) == hosts.LOST, run.err(number)
+            assert "lost the others" in run.err(number).splitlines()[-1]
+    with _Run(tmp_path / "b", data_dir, workdir, 4, 2) as run:
+        assert run.codes() == [0] * 4, "".join(map(run.err, range(4)))
+        assert "resuming at step" in run.out()
+    _assert_same_result(one_by_four, workdir)
+    assert _validations(workdir)[0] == [8 * epoch for epoch in range(1, 13)]
+
+
 def test_streamed_told_to_stop_then_killed_it_goes_on_in_any_number_of_processes(data_dir, one_by_four, tmp_path):
     workdir = tmp_path / "run"
     with _Run(tmp_path / "a", data_dir, workdir, 2, 2, "data.stream=True") as run:
@@ -136,7 +153,9 @@ def test_streamed_told_to_stop_then_killed_it_goes_on_in_any_number_of_processes
     stopped = _final_state(workdir).step
     assert 8 <= stopped < 96
     # In a cluster that tells who is who; there a process dies without a word.
-    with _Run(tmp_path / "b", data_dir, workdir, 2, 2, "data.stream=True", slurm=True) as run:
+    with _Run(
+        tmp_path / "b", data_dir, workdir, 2, 2, "data.stream=True", "distributed.timeout_s=30", slurm=True
+    ) as run:
         run.wait_for(f"step {stopped + 2}/")
         killed = time.monotonic()
         run.processes[1].kill()
@@ -169,14 +188,70 @@ def test_workdir_in_use_is_refused_on_all_processes(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_process_that_freezes_ends_the_others_by_the_heartbeat(data_dir, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_process_that_freezes_ends_the_others(data_dir, tmp_path, victim):
     with _Run(
         tmp_path / "said", data_dir, tmp_path / "run", 2, 2, "distributed.timeout_s=20", "train.epochs=500"
     ) as run:
         run.wait_for("epoch 1:")
-        run.processes[1].send_signal(signal.SIGSTOP)
-        # JAX ends it, or gloo gives up first.
-        assert run.processes[0].wait(_BOUND) in (hosts.LOST, -signal.SIGABRT)
+        run.processes[victim].send_signal(signal.SIGSTOP)
+        # By the watch, or gloo gives up first.
+        assert run.processes[1 - victim].wait(_BOUND) == hosts.LOST
+        assert "lost the others" in run.err(1 - victim).splitlines()[-1]
+
+
+@contextlib.contextmanager
+def _three_connected(code):
+    """Three processes that have found each other and do what `code` says, which knows its `number`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"""
+import sys, time
+from ralenet_jax import errors, hosts, main
+number = int(sys.argv[1])
+given = dict(coordinator="127.0.0.1:{port}", num_processes=3, process_id=number, timeout_s=6)
+hosts.connect(main.load_config("ralenet", [f"distributed.{{key}}={{value}}" for key, value in given.items()]))
+print("connected", flush=True)
+{code}
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    where = {"cwd": _ROOT, "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number in range(3):
+            process = subprocess.Popen([sys.executable, "-c", code, str(number)], **pipes, **where)
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        for process in processes:
+            assert process.stdout.readline() == "connected\n"
+        yield processes
+
+
+@pytest.mark.parametrize(("told", "victim"), [(signal.SIGKILL, 2), (signal.SIGSTOP, 0)])
+def test_silence_ends_all_with_a_line_where_nothing_computes(told, victim):
+    with _three_connected(f"time.sleep({_BOUND})") as processes:
+        processes[victim].send_signal(told)
+        for number in {0, 1, 2} - {victim}:
+            said = processes[number].communicate(timeout=_BOUND / 2)[1].splitlines()[-1]
+            reason = f"process {victim} gave no sign of life for 6 seconds"
+            assert f"process {number} of 3 lost the others ({reason}); the same command" in said
+            assert processes[number].returncode == hosts.LOST
+
+
+def test_what_is_refused_on_one_process_amid_the_work_ends_all():
+    code = f"""
+with hosts.bound_together():
+    if number == 1:
+        raise errors.UserError("no space")
+    time.sleep({_BOUND})
+"""
+    with _three_connected(code) as processes:
+        ended = [process.communicate(timeout=_BOUND / 2)[1].splitlines()[-1] for process in processes]
+        assert [process.returncode for process in processes] == [hosts.LOST, 2, hosts.LOST]
+    assert ended[1] == "ralenet: error: no space"
+    for number in (0, 2):
+        assert f"{number} of 3 lost the others (process 1 was refused; its own message tells why)" in ended[number]
 
 
 def test_lock_is_free_again_however_its_owner_ended(tmp_path):
