@@ -45,7 +45,9 @@ class Observer:
     def __call__(self, beats, drift, rest):
         """As `gate.Gate`."""
         self.seen.append((self.gate.features(beats, drift, rest), drift, rest))
-        return np.ones((2, len(beats), 1, beats.shape[2]), np.float32)
+        return np.array([1, 1, 0], np.float32)[:, None, None, None] * np.ones(
+            (len(beats), 1, beats.shape[2]), np.float32
+        )
 
 
 def windows_of(signal, grid, denoiser):

@@ -20,10 +20,13 @@ BLOCKS = 6  # means in a hop: what the bands are taken from
 _EDGES_HZ = (0.05, 0.1, 0.2, 0.4, 0.8, 2.0)  # of bands of what would be removed; the first band lies below
 _SIGNALS = 3 + len(_EDGES_HZ)  # heartbeats, drift, rest, and the bands
 FEATURES = (2 * len(SECONDS)) * (_SIGNALS - 1) + _SIGNALS + 1
+_REST_10_S = (_SIGNALS - 1) * SECONDS.index(10.0) + 1  # among the features
 _LEAST_DB = -50.0  # of the heartbeats' power: fainter noise than that makes no difference
 _RANGE_DB = (-20.0, 40.0)  # ratios beyond count as its ends: few such were trained on
 _SILENT = 1e-6  # of the strongest lead's power: a lead that is none
 _SHUT = 0.05
+# At R peaks, which the model makes lower, so much of the rest is spared, by heartbeats over rest in ten seconds.
+_SPARED = (-3.0, 4.0), (0.4, 1.0)  # dB
 _TINY = 1e-30
 
 
@@ -87,8 +90,13 @@ class Gate:
         self._hop_s, self._seen = hop_s, 0
 
     def __call__(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
-        """The next windows `[W, L, C]` → the parts of drift and rest that are to go, 0 to 1: float32 `[2, W, 1, C]`."""
-        found = parts(self.features(beats, drift, rest), self._network)
+        """The next windows `[W, L, C]` → parts, 0 to 1: float32 `[3, W, 1, C]`.
+
+        Of the drift and of the rest what is to go, and how much less of the rest at R peaks.
+        """
+        features = self.features(beats, drift, rest)
+        spared = np.interp(10 * features[..., _REST_10_S], *_SPARED)
+        found = np.concatenate([parts(features, self._network), spared[..., None]], -1)
         return np.moveaxis(found, -1, 0)[:, :, None].astype(np.float32)
 
     def features(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:

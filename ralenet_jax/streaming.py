@@ -38,6 +38,7 @@ _BAND = signal.firwin(37, (8, 20), pass_zero=False, fs=RATE).astype(np.float32)
 _COMPLEX, _APART, _BESIDE_TOP = 21, 36, 8  # samples: width, least distance, from the energy's top to the R peak
 STRIDE, _AROUND = 18, 61  # samples between looks at the height, looks of which the middle one is usual
 _SHARE = 0.45
+_NEAR_S = 0.03
 REACH = 720  # samples beyond those asked about that can change whether there is a peak
 
 
@@ -245,6 +246,21 @@ def peaks_of_windows(peaks: np.ndarray, start: np.ndarray, window: int) -> tuple
     r_peak = padded[np.searchsorted(peaks, start - _BESIDE)[:, None] + np.arange(MOST_PEAKS)]
     there = r_peak < start[:, None] + window + _BESIDE
     return np.where(there, r_peak - start[:, None], 0).astype(np.int32), there
+
+
+def around_peaks(r_peak: np.ndarray, r_mask: np.ndarray, length: int) -> np.ndarray:
+    """How near an R peak each sample of windows is: 1 up to 30 ms from it, falling to 0 at 60 ms.
+
+    Args:
+        r_peak, r_mask: as `peaks_of_windows` gives them.
+        length: samples of a window.
+
+    Returns:
+        float32 `[W, length, 1]`.
+    """
+    away = np.abs(np.arange(length) - r_peak[:, :, None]) / RATE
+    near = (1 + np.cos(np.pi * np.clip(away / _NEAR_S - 1, 0, 1))) / 2 * r_mask[:, :, None]
+    return near.max(1)[:, :, None].astype(np.float32)
 
 
 @dataclasses.dataclass

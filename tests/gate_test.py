@@ -49,9 +49,15 @@ def test_more_goes_of_what_is_strong_against_the_heartbeats(which, seconds, rati
     noise_db = {("drift_db", "rest_db")[which]: 3 - ratio_db}
     chosen = network(**{("drift", "rest")[which]: at(seconds, which)})
     found = gate.Gate(GRID, chosen)(*windows(30, beats_db=3, **noise_db))
-    assert found.shape == (2, 30, 1, 1) and found.dtype == np.float32
+    assert found.shape == (3, 30, 1, 1) and found.dtype == np.float32
     np.testing.assert_allclose(found[which], part, atol=1e-6)
     np.testing.assert_array_equal(found[1 - which], 0)
+
+
+@pytest.mark.parametrize("ratio_db, spared", [(-20, 0.4), (-3, 0.4), (0.5, 0.7), (4, 1), (40, 1)])
+def test_the_fainter_the_rest_the_more_of_it_is_spared_at_r_peaks(ratio_db, spared):
+    found = gate.Gate(GRID)(*windows(30, beats_db=3, rest_db=3 - ratio_db))[2]
+    np.testing.assert_allclose(found, spared, atol=1e-6)
 
 
 def test_what_is_beyond_all_training_counts_as_its_border():
@@ -127,6 +133,6 @@ def test_unit_makes_no_difference_and_silence_is_left_alone():
 
 def test_the_network_that_comes_along_opens_to_noise_and_shuts_to_none():
     beats, _, rest = windows(100)
-    np.testing.assert_array_equal(gate.Gate(GRID)(beats, 0.01 * wander(100, 0.15), rest)[:, 50:], 0)
+    np.testing.assert_array_equal(gate.Gate(GRID)(beats, 0.01 * wander(100, 0.15), rest)[:2, 50:], 0)
     opened = gate.Gate(GRID)(beats, 3 * wander(100, 0.15), windows(100, rest_db=6)[2])
-    assert opened[:, 50:].min() > 0.9
+    assert opened[:2, 50:].min() > 0.9

@@ -227,3 +227,17 @@ def test_a_stream_ends_once():
     stream.flush()
     with pytest.raises(UserError, match="flushed"):
         stream.push(np.zeros((5, 2)))
+
+
+def test_nearness_to_r_peaks():
+    told = np.array([[100, 0, 0, 0], [20, 30, -12, 0]]), np.array([[1, 0, 0, 0], [1, 1, 1, 0]], bool)
+    near = streaming.around_peaks(*told, 256)
+    assert near.shape == (2, 256, 1) and near.dtype == np.float32
+    # 30 ms are 5.4 samples.
+    np.testing.assert_array_equal(near[0, 95:106], 1)
+    expected = np.cos(np.pi / 2 * np.arange(0.6, 5.4) / 5.4) ** 2
+    np.testing.assert_allclose(near[0, 106:111, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(near[0, 94:89:-1, 0], expected, atol=1e-6)
+    assert not near[0, :90].any() and not near[0, 111:].any()
+    np.testing.assert_allclose(near[1, 25, 0], 1)
+    assert not near[1, 0].any()  # 12 samples after the third
