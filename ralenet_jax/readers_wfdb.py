@@ -212,6 +212,7 @@ def _write_samples(record: wfdb.Record, recording: Recording, new: dict[int, np.
 def convert(recording: Recording, signal: np.ndarray, path: Path) -> None:
     """Writes a record of format 16."""
     units = [re.sub(r"\s", "", unit) or "NU" for unit in recording.units]
-    names = [name if recording.names.count(name) == 1 else f"{name} {i}" for i, name in enumerate(recording.names)]
+    told = [name or f"ch{i}" for i, name in enumerate(recording.names)]
+    names = [name if told.count(name) == 1 else f"{name} {i}" for i, name in enumerate(told)]
     formats = ["16"] * signal.shape[1]
     wfdb.wrsamp(path.stem, recording.sampling_rate, units, names, signal, fmt=formats, write_dir=str(path.parent))

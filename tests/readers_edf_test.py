@@ -6,6 +6,7 @@ import struct
 import edfio
 import numpy as np
 import pytest
+import wfdb
 from made_recordings import WAVE, refusal
 
 from ralenet_jax import readers
@@ -125,6 +126,16 @@ BAD = {  # files, the first of which is read; what is told
     # Patterns of the library take the fourth power of its length.
     "a time without end": ({"a.edf": edf_bytes().replace(b"+0.5\x14\x14\x00", b"+0.5\x1515")}, "without its time"),
 }
+
+
+def test_a_channel_without_a_name_gets_one_as_wfdb(tmp_path):
+    (tmp_path / "a.edf").write_bytes(edf_bytes().replace(b"Resp            ", b" " * 16, 1))
+    recording = readers.read(tmp_path / "a.edf")
+    assert recording.names == ("ECG I", "")
+    readers.write(recording, recording.signal, tmp_path / "a.hea")
+    record = wfdb.rdrecord(str(tmp_path / "a"))
+    assert record.sig_name == ["ECG I", "ch1"]
+    np.testing.assert_allclose(record.p_signal, recording.signal, atol=0.5)
 
 
 def test_a_long_time_is_no_hang(tmp_path):
