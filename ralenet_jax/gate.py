@@ -4,6 +4,8 @@ What would be removed is slow drift and the rest; of each a part goes. A recordi
 wander in one window, but in a minute it can: it comes in bursts and goes on below 0.06 Hz, the wander of electrodes is
 steady and does not; and where the rest is noisy, drift is likely noise too. So a small network looks at powers over
 the last 2.5, 10 and 60 seconds. `benchmarks/gate.py` trains it on DS1, and `weights/gate.safetensors` holds it.
+
+At R peaks less of the rest goes, and none in faint noise: the model makes R waves lower.
 """
 
 import functools
