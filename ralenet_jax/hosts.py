@@ -168,7 +168,7 @@ class _Watch:
         self._entries = dict.fromkeys(watched, "")
         self._changed = dict.fromkeys(watched, time.monotonic())
         self._word = ""  # the last one, if there is one to say
-        self._ended, self._leaving = threading.Event(), threading.Lock()
+        self._ended, self._leaving, self._telling = threading.Event(), threading.Lock(), threading.Lock()
         # The store may not answer for as long as process 0 is frozen, so that one thread asks and the other one judges.
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._exchange, self._judge)]
         for thread in self._threads:
@@ -196,6 +196,7 @@ class _Watch:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if self._me == 0 or code != LOST:
                 self._word = self._LOST + reason
+                self._telling.acquire(timeout=self._every)  # and kept: the other thread is not to write over it
                 self._tell(self._word)
             if self._me == 0:  # without it JAX ends the others, with a stack trace
                 time.sleep(2 * self._every)
@@ -214,7 +215,8 @@ class _Watch:
         for count in itertools.count():
             # Errors: process 0 is gone, which is noticed by its silence, or has not written yet.
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                self._tell(self._word or str(count))
+                with self._telling:
+                    self._tell(self._word or str(count))
                 for number, text in self._read().items():
                     if self._entries.get(number, text) != text:
                         self._entries[number], self._changed[number] = text, time.monotonic()
