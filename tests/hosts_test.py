@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -113,8 +114,8 @@ def test_two_processes_train_as_one_does_and_the_first_alone_writes(data_dir, on
     with _Run(tmp_path / "said", data_dir, tmp_path / "run", 2, 2) as run:
         assert run.codes() == [0, 0], run.err(0) + run.err(1)
         assert "4 cpu device(s)" in run.out(0) and "trained: step 96" in run.out(0)
-        # Gloo's threads write a line and its end apart, so that lines may be empty.
-        assert not [line for line in run.out(1).splitlines() if line and not line.startswith("[Gloo]")]
+        # Gloo writes there too, its threads amid each other's lines.
+        assert not re.search("starting|step|epoch|trained", run.out(1))
     _assert_same_result(one_by_four, tmp_path / "run")
     (steps, snr), (steps_of_one, snr_of_one) = _validations(tmp_path / "run"), _validations(one_by_four)
     assert steps == steps_of_one == [8 * epoch for epoch in range(1, 13)]
