@@ -179,8 +179,7 @@ class Denoiser:
             pairs = _pairs(noisy)
             count = len(pairs) // len(windows)
             sent = runner.send(pairs, np.repeat(r_peak, count, 0), np.repeat(r_mask, count, 0))
-            at_peaks = streaming.around_peaks(r_peak, r_mask, windows.shape[1])
-            waiting.append((windows, scale, at_peaks, sent))
+            waiting.append((windows, scale, r_peak, r_mask, sent))
             if len(waiting) == _IN_FLIGHT:
                 yield self._removed(*waiting.popleft(), gate)[:, -used:]
         while waiting:
@@ -188,14 +187,15 @@ class Denoiser:
 
     @staticmethod
     def _removed(
-        windows: np.ndarray, scale: np.ndarray, at_peaks: np.ndarray, sent: list, gate: Gate | None
+        windows: np.ndarray, scale: np.ndarray, r_peak: np.ndarray, r_mask: np.ndarray, sent: list, gate: Gate | None
     ) -> np.ndarray:
-        count, _, leads = windows.shape
+        count, length, leads = windows.shape
         beats = _leads(_Runner.receive(sent, count * ((leads + 1) // 2)), leads) * scale
         removed, of_rest = windows - beats, np.ones((count, 1, leads), np.float32)
         if gate is not None:
             drift = augment.wander(removed)
             of_drift, of_rest, spared = gate(beats, drift, removed - drift)
+            at_peaks = streaming.around_peaks(r_peak, r_mask, length)
             removed = of_drift * drift + of_rest * (1 - spared * at_peaks) * (removed - drift)
         return np.concatenate([removed, np.broadcast_to(of_rest, removed.shape)], 2)
 

@@ -335,3 +335,15 @@ def test_a_file_is_the_old_one_or_whole(tmp_path, monkeypatch):
         checkpoint.write_json(path, {"a": 4})
         assert json.load(reader) == {"a": 1}
     assert json.loads(path.read_text()) == {"a": 4}
+
+
+def test_a_lost_process_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
+    def saves():
+        with checkpoint._saving(tmp_path):
+            raise jax.errors.JaxRuntimeError("Gloo AllGather failed")
+
+    with pytest.raises(UserError, match="cannot write"):
+        saves()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="AllGather"):
+        saves()
