@@ -96,8 +96,13 @@ def _draw(table: str, workdir: str | Path, overrides: list[str], result: Mapping
 
 
 def _examples(table: str, workdir: str | Path, overrides: list[str], result) -> dict[str, dict[str, np.ndarray]]:
-    """One test window, noisy, clean and denoised by every model of the condition that most models are done for."""
-    done = [cell for cell in reproduce_cells.cells(table) if cell.name in result["runs"]]
+    """One test window, noisy, clean and denoised by every model of the condition that most models are there for."""
+    done = [
+        cell
+        for cell in reproduce_cells.cells(table)
+        # A figure outlives its weights: they take room, and may be deleted.
+        if cell.name in result["runs"] and (not cell.learns or checkpoint.is_saved(cell.folder(workdir)))
+    ]
     conditions = [(cell.kind, cell.snr_db) for cell in done]
     if not done:
         return {}

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ralenet_jax import benchmark_parts, checkpoint, evaluate, filters, main, train, writer
+from ralenet_jax import benchmark_parts, checkpoint, evaluate, filters, main, provenance, train, writer
 from ralenet_jax.errors import UserError
 
 CONDITIONS = (("bw", -4), ("ma", -4), ("em", -4), ("emb", -4), ("emb", -2), ("emb", 0), ("emb", 2), ("emb", 4))
@@ -169,12 +169,15 @@ def seconds_left(cell: Cell, workdir: str | Path, config: ConfigDict, windows: i
 
 
 def _windows_per_second(model: str, workdir: str, config: ConfigDict) -> float:
-    """How fast a model trains: as the cells in this work directory told, or else as it is measured now."""
+    """How fast a model trains: as the cells trained on these devices told, or else as it is measured now."""
+    devices = evaluate.choose_devices(config, config.train.batch_size)
+    here = provenance.software(len(devices))["device"]
     rates = [
         line["train/windows_per_s"]
         for table in TABLES
         for path in Path(workdir, table).glob("*/config.json")
         if _read(path).get("model", {}).get("name") == model
+        and all(start["device"] == here for start in checkpoint.read_starts(path.parent))
         for line in writer.read_history(path.parent)
         if "train/windows_per_s" in line
     ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ from ralenet_jax.reproduce_cells import Cell
 ROOT = Path(__file__).parents[1]
 # Eight steps an epoch, in the dispatches of `train_test`: one program for both.
 SMALL = ["data.num_windows=80", "data.num_train=64", "train.batch_size=8", "train.steps_per_dispatch=2"]
-CELL = Cell("paper", "unet", "emb", -4, 0)
+CELL, OTHER = Cell("paper", "unet", "emb", -4, 0), Cell("paper", "unet", "emb", -2, 0)
 
 
 def settings(data_dir, epochs=2):
@@ -142,6 +143,29 @@ def test_list_tells_states_and_time(made, data_dir):
     assert [" ".join(line.split()[:5]) for line in lines[:2]] == ["dwt:emb:-4 done", "unet:emb:-4 after epoch 2 of"]
     assert "not begun" in lines[2] and " h " in lines[2] and lines[2].endswith("to go")
     assert lines[3].endswith("of training to go in all")
+
+
+def test_a_figure_outlives_its_weights(made, data_dir, tmp_path):
+    workdir = tmp_path / "work"
+    shutil.copytree(made[0], workdir, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "*.png"))
+    table = reproduce.reproduce("paper", workdir, settings(data_dir), ["dwt:emb:-4"], lambda _: None)
+    assert CELL.name in table["runs"]
+    assert (workdir / "paper/table.png").is_file() and (workdir / "paper/windows.png").is_file()
+
+
+def test_time_is_told_by_trainings_on_the_same_device_only(made, tmp_path, monkeypatch):
+    workdir = tmp_path / "work"
+    folder = workdir / "paper" / "unet_emb_-4"
+    shutil.copytree(CELL.folder(made[0]), folder, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(99 * '{"step": 17, "train/windows_per_s": 7.0}\n')
+    monkeypatch.setattr(reproduce_cells, "_measured", lambda *_: 5.0)
+    config = reproduce_cells.config_of(OTHER, workdir, ["train.epochs=10"])
+    assert reproduce_cells.seconds_left(OTHER, workdir, config, 70) == 10 * 70 / 7.0
+    starts = json.loads((folder / "starts.json").read_text())
+    starts[0]["device"]["kind"] = "NVIDIA H200"
+    (folder / "starts.json").write_text(json.dumps(starts))
+    assert reproduce_cells.seconds_left(OTHER, workdir, config, 70) == 10 * 70 / 5.0
 
 
 def measured(snr_db):
