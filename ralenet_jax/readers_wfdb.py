@@ -4,6 +4,7 @@ import copy
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -127,24 +128,72 @@ def _read_samples(path: Path, found: list[Path]) -> wfdb.Record:
     formats = {line["fmt"] for line in lines if "fmt" in line.groupdict()}
     digital = {"physical": False, "return_res": 32 if formats & _WIDE else 16}
     header = wfdb.rdheader(name)
-    is_whole = isinstance(header, wfdb.MultiRecord) or not header.sig_len or not header.n_sig
-    # Format 8 counts on from the start; in FLAC the library forgets what skewed signals need beyond a part.
-    if is_whole or "8" in formats or any(header.skew):
-        try:
-            return wfdb.rdrecord(name, **digital)
-        except Exception as error:
-            if "cannot be converted to single segment" not in str(error):
-                raise
-            return wfdb.rdrecord(name, return_res=32)
-    # The library takes up to nine bytes a sample while it reads.
+    if isinstance(header, wfdb.MultiRecord):
+        # The library's own way of reading them does not come back from signals without names.
+        names = [None if told == "~" else str(path.absolute().with_name(told)) for told in header.seg_name]
+        header.segments = [told and wfdb.rdheader(told) for told in names]
+        header.sig_name = next((segment.sig_name for segment in header.segments if segment is not None), [])
+        return _join(path, header) if _differ(path, header) else wfdb.rdrecord(name, **digital)
     samples = None
-    for part in blocks(header.sig_len, header.n_sig):
+    for part in _parts(header):
         read = wfdb.rdrecord(name, part.start, part.stop, **digital)
+        if part.stop is None:
+            return read
         if samples is None:
             record, samples = read, np.empty((header.sig_len, header.n_sig), read.d_signal.dtype)
         samples[part] = read.d_signal
     record.d_signal, record.sig_len = samples, header.sig_len
     return record
+
+
+def _parts(header: wfdb.Record) -> Iterable[slice]:
+    """What to read at once, as the library takes up to nine bytes a sample while it reads: blocks, or all of it."""
+    # Format 8 counts on from the start; in FLAC the library forgets what skewed signals need beyond a part.
+    if not header.sig_len or not header.n_sig or "8" in header.fmt or any(header.skew):
+        return [slice(0, None)]
+    return blocks(header.sig_len, header.n_sig)
+
+
+def _placed(header: wfdb.MultiRecord) -> Iterator[tuple[int, wfdb.Record, list[int]]]:
+    """The segments that hold samples: where each starts, its header, and the channels that its signals are."""
+    start = 0
+    for length, segment in zip(header.seg_len, header.segments, strict=True):
+        if segment is not None and length:  # a layout is a segment of no samples
+            segment.sig_len = length
+            names = [header.sig_name.index(name) for name in segment.sig_name] if header.layout == "variable" else None
+            yield start, segment, names or list(range(segment.n_sig))
+        start += length
+
+
+def _differ(path: Path, header: wfdb.MultiRecord) -> bool:
+    """Whether a channel is not stored alike in all segments: the library takes what the first of them tells for all."""
+    stored, units = {}, {}
+    for _, segment, channels in _placed(header):
+        for place, channel in enumerate(channels):
+            unit = units.setdefault(channel, segment.units[place])
+            if unit != segment.units[place]:
+                raise UserError(
+                    f"{path} gives {header.sig_name[channel] or f'ch{channel}'} in {unit} and in "
+                    f"{segment.units[place]}; expected one unit in all segments: write them anew"
+                )
+            told = (segment.fmt[place], segment.adc_gain[place], segment.baseline[place])
+            stored.setdefault(channel, set()).add(told)
+    return any(len(told) > 1 for told in stored.values())
+
+
+def _join(path: Path, header: wfdb.MultiRecord) -> wfdb.Record:
+    """Reads segments in physical units, float32, one after the other."""
+    samples = np.full((sum(header.seg_len), header.n_sig), np.nan, np.float32)
+    units = [None] * header.n_sig
+    for start, segment, channels in _placed(header):
+        rows = samples[start : start + segment.sig_len]
+        for part in _parts(segment):
+            read = wfdb.rdrecord(str(path.absolute().with_name(segment.record_name)), part.start, part.stop)
+            rows[part, channels] = read.p_signal
+        for place, channel in enumerate(channels):
+            units[channel] = segment.units[place]
+    told = {"record_name": header.record_name, "fs": header.fs, "sig_name": header.sig_name, "units": units}
+    return wfdb.Record(n_sig=header.n_sig, sig_len=len(samples), p_signal=samples, **told)
 
 
 def _rows(record: wfdb.Record, part: slice) -> np.ndarray:

@@ -154,20 +154,38 @@ def test_a_record_of_several_files_and_formats_becomes_one_file(tmp_path):
     )
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("layout", ["", "layout 0\n"])
 @pytest.mark.parametrize("gains", [(100, 100), (100, 200)])
-def test_wfdb_segments_are_joined_and_listed_once(tmp_path, gains):
-    text_header(tmp_path, "r/3 1 250 1000\nlayout 0\ns1 500\ns2 500\n")
-    (tmp_path / "layout.hea").write_text("layout 1 250 0\n~ 0 1 12 0 0 0 0 II\n")
+def test_wfdb_segments_are_joined_and_listed_once(tmp_path, gains, layout):
+    text_header(tmp_path, f"r/{3 if layout else 2} 1 250 1000\n{layout}s1 500\ns2 500\n")
+    if layout:
+        (tmp_path / "layout.hea").write_text("layout 1 250 0\n~ 0 1 12 0 0 0 0 II\n")
     for name, gain in zip(("s1", "s2"), gains, strict=True):
         (tmp_path / f"{name}.hea").write_text(f"{name} 1 250 500\n{name}.dat 16 {gain}/mV 12 0 0 0 0 II\n")
         (tmp_path / f"{name}.dat").write_bytes(WAVE.astype("<i2").tobytes())
     assert readers.find([tmp_path]) == [tmp_path / "r.hea"]
     recording = readers.read(tmp_path / "r")
+    assert (recording.names, recording.units, recording.sampling_rate) == (("II",), ("mV",), 250)
     expected = np.concatenate([WAVE / gains[0], WAVE / gains[1]])
-    np.testing.assert_allclose(recording.signal[:, 0], expected)
+    np.testing.assert_allclose(recording.signal[:, 0], expected, rtol=1e-6)
     (tmp_path / "out").mkdir()
     again = written(recording, tmp_path / "out/r.hea")
     np.testing.assert_allclose(again.signal[:, 0], expected + 0.25, atol=0.02 / gains[0])
+
+
+def test_segments_that_hold_various_signals_leave_gaps(tmp_path):
+    text_header(tmp_path, "r/4 2 250 1100\nlayout 0\ns1 500\n~ 100\ns2 500\n")
+    (tmp_path / "layout.hea").write_text("layout 2 250 0\n~ 0 1 12 0 0 0 0 II\n~ 0 1 12 0 0 0 0 V\n")
+    (tmp_path / "s1.hea").write_text("s1 1 250 500\ns1.dat 16 100/mV 12 0 0 0 0 II\n")
+    (tmp_path / "s1.dat").write_bytes(WAVE.astype("<i2").tobytes())
+    (tmp_path / "s2.hea").write_text("s2 2 250 500\ns2.dat 16 50/mV 12 0 0 0 0 V\ns2.dat 16 200/mV 12 0 0 0 0 II\n")
+    (tmp_path / "s2.dat").write_bytes(np.stack([WAVE, -WAVE], 1).astype("<i2").tobytes())
+    recording = readers.read(tmp_path / "r")
+    assert (recording.names, recording.units) == (("II", "V"), ("mV", "mV"))
+    gap = np.full(600, np.nan)
+    np.testing.assert_allclose(recording.signal[:, 0], np.concatenate([WAVE / 100, gap[:100], -WAVE / 200]), rtol=1e-6)
+    np.testing.assert_allclose(recording.signal[:, 1], np.concatenate([gap, WAVE / 50]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "http://host/r.dat", "..", "-", "a\\b", "s3::x"])
@@ -207,6 +225,15 @@ BAD = {  # files, the first of which is read; what is told
     "segments": ({"r.hea": b"r/999999999 1 250 500\ns 500\n"}, "999999999 expected"),
     "too many segments": ({"r.hea": b"r/20000 1 250 20000\n" + b"~ 1\n" * 20_000}, "20000 lines"),
     "gap": ({"r.hea": b"r/1 1 250 9999999999\n~ 9999999999\n"}, "values in files of"),
+    "segments of several units": (
+        {
+            "r.hea": b"r/2 1 250 1000\ns 500\nt 500\n",
+            "s.hea": b"s 1 250 500\ns.dat 16 100/mV\n",
+            "t.hea": b"t 1 250 500\nt.dat 16 100/uV\n",
+            **{"s.dat": SAMPLES, "t.dat": SAMPLES},
+        },
+        "in mV and in uV",
+    ),
     "segments of segments": (
         {"r.hea": b"r/1 1 250 500\ns 500\n", "s.hea": b"s/1 1 250 500\nt 500\n"},
         "s.hea is itself of segments",
