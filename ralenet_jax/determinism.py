@@ -67,10 +67,10 @@ def _small(config: ConfigDict) -> list[str]:
 def _lines(config: ConfigDict, parity, source) -> Iterator[Line]:
     with tempfile.TemporaryDirectory(prefix="ralenet_check_") as folder:
         yield from _training(config, Path(folder))
-    for name in ("mitdb", "mitdb_recordings", "nstdb", "ludb"):
-        if any(Path(config.data.dir).glob(f"{name}/*/dataset_info.json")):
-            yield _shards_read(config, name)
-            yield _shards_rebuilt(config, name, source)
+        for name in ("mitdb", "mitdb_recordings", "nstdb", "ludb"):
+            if any(Path(config.data.dir).glob(f"{name}/*/dataset_info.json")):
+                yield _shards_read(config, name)
+                yield _shards_rebuilt(config, name, source, Path(folder, "anew"))
     if parity is None:
         yield Line("published models", SKIP, "no folder with their numbers was given (--parity DIR)")
         return
@@ -148,15 +148,14 @@ def _shards_read(config: ConfigDict, name: str) -> Line:
     return Line(title, PASS, f"digest {found[:12]}…, as when they were written")
 
 
-def _shards_rebuilt(config: ConfigDict, name: str, source: str | Path | None) -> Line:
+def _shards_rebuilt(config: ConfigDict, name: str, source: str | Path | None, folder: Path) -> Line:
     title = f"shards of {name} built anew"
     source = Path(source) if source is not None else Path(config.data.dir) / "physionet"
     database = name.partition("_")[0]
     if not (source / physionet.DATABASES[database].folder).is_dir():
         return Line(title, SKIP, "the recordings are not at hand (--source DIR)")
-    with tempfile.TemporaryDirectory(prefix="ralenet_check_") as folder:
-        prepare.prepare(Path(folder), databases=(database,), source=source)
-        found = input_pipeline.open_shards(folder, name).info.metadata["digest"]
+    prepare.prepare(folder, databases=(database,), source=source)
+    found = input_pipeline.open_shards(folder, name).info.metadata["digest"]
     wanted = input_pipeline.open_shards(config.data.dir, name).info.metadata["digest"]
     return Line(title, PASS if found == wanted else FAIL, f"digest {found[:12]}…, of those in use {wanted[:12]}…")
 

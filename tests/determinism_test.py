@@ -99,13 +99,14 @@ def test_other_examples_than_were_written_fail(copied, tmp_path):
     # Whole shards of another source are in order by themselves, but not the ones that the source gives.
     shutil.copy(theirs / "metadata.json", ours / "metadata.json")
     assert determinism._shards_read(config, "nstdb").state == determinism.PASS
-    line = determinism._shards_rebuilt(config, "nstdb", copied.parent.parent / "nowhere")
+    line = determinism._shards_rebuilt(config, "nstdb", copied.parent.parent / "nowhere", tmp_path / "anew")
     assert line.state == determinism.SKIP
 
 
 def test_shards_of_another_source_fail(data_dir, tmp_path):
     made_databases.write_nstdb(tmp_path)
-    assert determinism._shards_rebuilt(small_config(data_dir), "nstdb", tmp_path).state == determinism.FAIL
+    line = determinism._shards_rebuilt(small_config(data_dir), "nstdb", tmp_path, tmp_path / "anew")
+    assert line.state == determinism.FAIL
 
 
 def test_published_numbers(shared, tmp_path):
