@@ -159,27 +159,47 @@ def test_torch_file_has_the_published_keys_and_shapes(exported, shared):
 _IN_TORCH = """
 import sys
 import numpy as np, safetensors.torch, torch
-peer, path, windows, out = sys.argv[1:]
+peer, path, windows, out, local = sys.argv[1:]
 sys.path.insert(0, peer)
 from torch_ralenet import RALENet
-model = RALENet().eval()
+model = RALENet(local=bool(local)).eval()
 model.load_state_dict(safetensors.torch.load_file(path), strict=True)
 with torch.no_grad():
     np.save(out, model(torch.from_numpy(np.load(windows)).transpose(1, 2)).transpose(1, 2).numpy())
 """
 
 
-def test_published_model_in_torch_computes_the_same(exported, denoised, shared, tmp_path):
+@pytest.fixture
+def in_torch(shared, tmp_path):
+    """(file of weights, windows, whether with local enhancement) → what the published model makes of them."""
     here = sys.executable if importlib.util.find_spec("torch") else None
     python = os.environ.get("RALENET_TORCH_PYTHON", here)
     if python is None:
         pytest.skip("no PyTorch here; set RALENET_TORCH_PYTHON to a Python that has torch, numpy and safetensors")
+
+    def run(path, windows, local):
+        np.save(tmp_path / "windows.npy", windows)
+        arguments = [shared / "peer", path, tmp_path / "windows.npy", tmp_path / "out.npy", "local" if local else ""]
+        done = subprocess.run([python, "-B", "-c", _IN_TORCH, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return np.load(tmp_path / "out.npy")
+
+    return run
+
+
+def test_published_model_in_torch_computes_the_same(exported, denoised, in_torch):
     windows, expected = denoised
-    np.save(tmp_path / "windows.npy", windows)
-    arguments = [shared / "peer", exported("torch"), tmp_path / "windows.npy", tmp_path / "out.npy"]
-    done = subprocess.run([python, "-B", "-c", _IN_TORCH, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(in_torch(exported("torch"), windows, True), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_without_local_enhancement_it_computes_the_same_in_torch(in_torch, tmp_path):
+    trained = random_model("ralenet_mlp")
+    path = tmp_path / "a.safetensors"
+    export.write(trained, "torch", path)
+    windows = np.random.default_rng(0).normal(size=(3, 256, 2)).astype(np.float32)
+    expected = models.build_model("ralenet_mlp").apply(trained.variables, windows)
+    np.testing.assert_allclose(in_torch(path, windows, False), expected, rtol=0, atol=1e-5)
 
 
 def test_command_writes_below_the_run_and_tells_the_difference(run, data_dir, tmp_path, capsys):
