@@ -184,7 +184,7 @@ def _differ(path: Path, header: wfdb.MultiRecord) -> bool:
 def _join(path: Path, header: wfdb.MultiRecord) -> wfdb.Record:
     """Reads segments in physical units, float32, one after the other."""
     samples = np.full((sum(header.seg_len), header.n_sig), np.nan, np.float32)
-    units = [None] * header.n_sig
+    units = ["NU"] * header.n_sig
     for start, segment, channels in _placed(header):
         rows = samples[start : start + segment.sig_len]
         for part in _parts(segment):
@@ -192,8 +192,19 @@ def _join(path: Path, header: wfdb.MultiRecord) -> wfdb.Record:
             rows[part, channels] = read.p_signal
         for place, channel in enumerate(channels):
             units[channel] = segment.units[place]
-    told = {"record_name": header.record_name, "fs": header.fs, "sig_name": header.sig_name, "units": units}
-    return wfdb.Record(n_sig=header.n_sig, sig_len=len(samples), p_signal=samples, **told)
+    kept = (
+        "record_name",
+        "n_sig",
+        "fs",
+        "counter_freq",
+        "base_counter",
+        "base_time",
+        "base_date",
+        "sig_name",
+        "comments",
+    )
+    told = {name: getattr(header, name) for name in kept}
+    return wfdb.Record(sig_len=len(samples), p_signal=samples, units=units, **told)
 
 
 def _rows(record: wfdb.Record, part: slice) -> np.ndarray:
@@ -208,12 +219,8 @@ def write(recording: Recording, new: dict[int, np.ndarray], path: Path) -> None:
     """Writes header, signal file and what lies beside the record by its name: annotations, notes."""
     record = copy.copy(recording.keep["record"])
     if record.d_signal is None:
-        signal = recording.signal
-        for channel, values in new.items():
-            signal[:, channel] = values
-        convert(recording, signal, path)
-    else:
-        _write_samples(record, recording, new, path)
+        _choose_gains(record, recording, new)
+    _write_samples(record, recording, new, path)
     sources = recording.keep["files"]
     for file in recording.path.parent.iterdir():
         beside = file.stem == recording.path.stem and file.suffix.lower() not in SUFFIXES
@@ -221,14 +228,35 @@ def write(recording: Recording, new: dict[int, np.ndarray], path: Path) -> None:
             shutil.copyfile(file, path.with_suffix(file.suffix))
 
 
+def _with_new(recording: Recording, new: dict[int, np.ndarray], part: slice) -> np.ndarray:
+    physical = recording.rows(part)
+    for channel, values in new.items():
+        physical[:, channel] = values[part]
+    return physical
+
+
+def _choose_gains(record: wfdb.Record, recording: Recording, new: dict[int, np.ndarray]) -> None:
+    """Gains and offsets with which each channel fills most of 16 bits."""
+    low, high = np.full((2, record.n_sig), np.nan)
+    for part in blocks(recording.length, record.n_sig):
+        physical = _with_new(recording, new, part)
+        low, high = np.fmin(low, np.fmin.reduce(physical)), np.fmax(high, np.fmax.reduce(physical))
+    middle, half = np.nan_to_num((high + low) / 2), np.nan_to_num((high - low) / 2)
+    # An offset far beyond what varies costs digits; a header holds six of a gain.
+    half = np.maximum(half, np.maximum(np.abs(middle) * 2**-14, 2**-100))
+    record.adc_gain = [float(f"{gain:.6g}") for gain in 2**14.9 / half]
+    record.baseline = [-round(value * gain) for value, gain in zip(middle, record.adc_gain, strict=True)]
+    record.fmt = ["16"] * record.n_sig
+
+
 def _write_samples(record: wfdb.Record, recording: Recording, new: dict[int, np.ndarray], path: Path) -> None:
     """Writes header and signal file, of the record's own format or of one wide enough for the new values."""
     old, parts = record.d_signal, list(blocks(recording.length, record.n_sig))
 
     def digits(part: slice) -> tuple[np.ndarray, np.ndarray]:
-        physical, digital = recording.rows(part), old[part].astype(np.int64)
-        for channel, values in new.items():
-            physical[:, channel] = values[part]
+        physical = _with_new(recording, new, part)
+        digital = np.zeros(physical.shape, np.int64) if old is None else old[part].astype(np.int64)
+        for channel in range(record.n_sig) if old is None else new:
             found = np.rint(physical[:, channel] * record.adc_gain[channel] + record.baseline[channel])
             digital[:, channel] = np.clip(np.nan_to_num(found), -(2**31) + 1, 2**31 - 1)
         return digital, np.isnan(physical)

@@ -158,7 +158,8 @@ def test_a_record_of_several_files_and_formats_becomes_one_file(tmp_path):
 @pytest.mark.parametrize("layout", ["", "layout 0\n"])
 @pytest.mark.parametrize("gains", [(100, 100), (100, 200)])
 def test_wfdb_segments_are_joined_and_listed_once(tmp_path, gains, layout):
-    text_header(tmp_path, f"r/{3 if layout else 2} 1 250 1000\n{layout}s1 500\ns2 500\n")
+    taken = "10:11:12 01/02/2003"
+    text_header(tmp_path, f"r/{3 if layout else 2} 1 250 1000 {taken}\n{layout}s1 500\ns2 500\n# a note\n")
     if layout:
         (tmp_path / "layout.hea").write_text("layout 1 250 0\n~ 0 1 12 0 0 0 0 II\n")
     for name, gain in zip(("s1", "s2"), gains, strict=True):
@@ -172,20 +173,28 @@ def test_wfdb_segments_are_joined_and_listed_once(tmp_path, gains, layout):
     (tmp_path / "out").mkdir()
     again = written(recording, tmp_path / "out/r.hea")
     np.testing.assert_allclose(again.signal[:, 0], expected + 0.25, atol=0.02 / gains[0])
+    text = (tmp_path / "out/r.hea").read_text()
+    assert f" {taken}" in text.splitlines()[0] and text.endswith("a note\n")
 
 
 def test_segments_that_hold_various_signals_leave_gaps(tmp_path):
-    text_header(tmp_path, "r/4 2 250 1100\nlayout 0\ns1 500\n~ 100\ns2 500\n")
-    (tmp_path / "layout.hea").write_text("layout 2 250 0\n~ 0 1 12 0 0 0 0 II\n~ 0 1 12 0 0 0 0 V\n")
+    text_header(tmp_path, "r/4 3 250 1100\nlayout 0\ns1 500\n~ 100\ns2 500\n")
+    (tmp_path / "layout.hea").write_text(
+        "layout 3 250 0\n" + "".join(f"~ 0 1 12 0 0 0 0 {n}\n" for n in ("II", "V", "X"))
+    )
     (tmp_path / "s1.hea").write_text("s1 1 250 500\ns1.dat 16 100/mV 12 0 0 0 0 II\n")
     (tmp_path / "s1.dat").write_bytes(WAVE.astype("<i2").tobytes())
-    (tmp_path / "s2.hea").write_text("s2 2 250 500\ns2.dat 16 50/mV 12 0 0 0 0 V\ns2.dat 16 200/mV 12 0 0 0 0 II\n")
+    (tmp_path / "s2.hea").write_text("s2 2 250 500\ns2.dat 16 50(9)/mV 12 0 0 0 0 V\ns2.dat 16 200/mV 12 0 0 0 0 II\n")
     (tmp_path / "s2.dat").write_bytes(np.stack([WAVE, -WAVE], 1).astype("<i2").tobytes())
     recording = readers.read(tmp_path / "r")
-    assert (recording.names, recording.units) == (("II", "V"), ("mV", "mV"))
-    gap = np.full(600, np.nan)
-    np.testing.assert_allclose(recording.signal[:, 0], np.concatenate([WAVE / 100, gap[:100], -WAVE / 200]), rtol=1e-6)
-    np.testing.assert_allclose(recording.signal[:, 1], np.concatenate([gap, WAVE / 50]), rtol=1e-6)
+    assert (recording.names, recording.units) == (("II", "V", "X"), ("mV", "mV", ""))
+    gap = np.full(1100, np.nan)
+    expected = [[*(WAVE / 100), *gap[:100], *(-WAVE / 200)], [*gap[:600], *((WAVE - 9) / 50)], gap]
+    np.testing.assert_allclose(recording.signal, np.transpose(expected), rtol=1e-6)
+    (tmp_path / "out").mkdir()
+    again = written(recording, tmp_path / "out/r.hea", change=300, channel=1)
+    assert (again.names, again.units) == (recording.names, recording.units)
+    np.testing.assert_allclose(again.signal, np.transpose(expected) + [0, 300, 0], atol=np.ptp(WAVE) / 50 / 60_000)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "http://host/r.dat", "..", "-", "a\\b", "s3::x"])
