@@ -192,18 +192,8 @@ def _join(path: Path, header: wfdb.MultiRecord) -> wfdb.Record:
             rows[part, channels] = read.p_signal
         for place, channel in enumerate(channels):
             units[channel] = segment.units[place]
-    kept = (
-        "record_name",
-        "n_sig",
-        "fs",
-        "counter_freq",
-        "base_counter",
-        "base_time",
-        "base_date",
-        "sig_name",
-        "comments",
-    )
-    told = {name: getattr(header, name) for name in kept}
+    kept = ["record_name", "n_sig", "sig_name", "fs", "counter_freq", "base_counter", "base_time", "base_date"]
+    told = {name: getattr(header, name) for name in [*kept, "comments"]}
     return wfdb.Record(sig_len=len(samples), p_signal=samples, units=units, **told)
 
 
@@ -243,8 +233,8 @@ def _choose_gains(record: wfdb.Record, recording: Recording, new: dict[int, np.n
         low, high = np.fmin(low, np.fmin.reduce(physical)), np.fmax(high, np.fmax.reduce(physical))
     middle, half = np.nan_to_num((high + low) / 2), np.nan_to_num((high - low) / 2)
     # An offset far beyond what varies costs digits; a header holds six of a gain.
-    half = np.maximum(half, np.maximum(np.abs(middle) * 2**-14, 2**-100))
-    record.adc_gain = [float(f"{gain:.6g}") for gain in 2**14.9 / half]
+    half = np.maximum(half, np.abs(middle) * 2**-14)
+    record.adc_gain = [float(f"{2**14.9 / value:.6g}") if value else 200.0 for value in half]
     record.baseline = [-round(value * gain) for value, gain in zip(middle, record.adc_gain, strict=True)]
     record.fmt = ["16"] * record.n_sig
 
