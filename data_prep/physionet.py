@@ -211,7 +211,9 @@ def read_record(copy: Copy, name: str, physical: bool = False) -> wfdb.Record:
     except PrepareError:
         raise
     except Exception as error:  # wfdb raises whatever its parsing met
-        raise PrepareError(f"record {name} in {copy.folder} cannot be read: {_reason(error)}") from error
+        raise PrepareError(
+            f"record {name} in {copy.folder} cannot be read: {_reason(error)}; use PhysioNet's copy of {copy.database}"
+        ) from error
 
 
 def read_annotation(copy: Copy, name: str) -> readers_annotations.Annotations:
@@ -225,7 +227,8 @@ def read_annotation(copy: Copy, name: str) -> readers_annotations.Annotations:
         return readers_annotations.read(copy.folder / f"{name}.{annotator}")
     except (OSError, ValueError) as error:
         raise PrepareError(
-            f"annotations {name}.{annotator} in {copy.folder} cannot be read: {_reason(error)}"
+            f"annotations {name}.{annotator} in {copy.folder} cannot be read: {_reason(error)}; "
+            f"use PhysioNet's copy of {copy.database}"
         ) from error
 
 

@@ -71,7 +71,8 @@ def test_a_record_that_cannot_be_read(tmp_path, options):
     write_mitdb(tmp_path, records=("100", "103"))
     (tmp_path / "mitdb/1.0.0/103.hea").write_text("103 2 250 2000\n")
     write_lists(tmp_path / "mitdb/1.0.0", ["100", "103"])
-    with pytest.raises(PrepareError, match=r"^header of record 103 in .*; use PhysioNet's copy of mitdb 1.0.0$"):
+    told = r"^record 103 in .* cannot be read: .*2 signals, 0 lines.*; use PhysioNet's copy of mitdb 1.0.0$"
+    with pytest.raises(PrepareError, match=told):
         build_on_beam(tmp_path, tmp_path / "data", options)
     assert tree(tmp_path / "data") == {}
 
