@@ -57,9 +57,14 @@ def describe(config: ConfigDict, num_devices: int) -> dict[str, Any]:
 
 def software(num_devices: int) -> dict[str, Any]:
     """The part of it that is the same for all data: revision, versions, devices."""
-    device = jax.devices()[0]
     return {
         "revision": revision(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
-        "device": {"kind": device.device_kind, "platform": device.platform, "count": num_devices},
+        "device": device(num_devices),
     }
+
+
+def device(num_devices: int) -> dict[str, Any]:
+    """What computes, and how many of them."""
+    first = jax.devices()[0]
+    return {"kind": first.device_kind, "platform": first.platform, "count": num_devices}

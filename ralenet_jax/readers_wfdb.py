@@ -157,9 +157,9 @@ def _parts(header: wfdb.Record) -> Iterable[slice]:
 def _placed(header: wfdb.MultiRecord) -> Iterator[tuple[int, wfdb.Record, list[int]]]:
     """The segments that hold samples: where each starts, its header, and the channels that its signals are."""
     start = 0
-    for length, segment in zip(header.seg_len, header.segments, strict=True):
+    for name, length, segment in zip(header.seg_name, header.seg_len, header.segments, strict=True):
         if segment is not None and length:  # a layout is a segment of no samples
-            segment.sig_len = length
+            segment.record_name, segment.sig_len = name, length  # what counts, whatever its header says
             names = [header.sig_name.index(name) for name in segment.sig_name] if header.layout == "variable" else None
             yield start, segment, names or list(range(segment.n_sig))
         start += length

@@ -170,8 +170,7 @@ def seconds_left(cell: Cell, workdir: str | Path, config: ConfigDict, windows: i
 
 def _windows_per_second(model: str, workdir: str, config: ConfigDict) -> float:
     """How fast a model trains: as the cells trained on these devices told, or else as it is measured now."""
-    devices = evaluate.choose_devices(config, config.train.batch_size)
-    here = provenance.software(len(devices))["device"]
+    here = provenance.device(len(evaluate.choose_devices(config, config.train.batch_size)))
     rates = [
         line["train/windows_per_s"]
         for table in TABLES

@@ -177,6 +177,16 @@ def test_wfdb_segments_are_joined_and_listed_once(tmp_path, gains, layout):
     assert f" {taken}" in text.splitlines()[0] and text.endswith("a note\n")
 
 
+def test_a_segment_is_the_file_that_the_record_names(tmp_path):
+    text_header(tmp_path, "r/2 1 250 1000\ns1 500\ns2 500\n")
+    for name, gain in (("s1", 100), ("s2", 200), ("other", 1)):
+        told = "other" if name == "s2" else name
+        (tmp_path / f"{name}.hea").write_text(f"{told} 1 250 500\n{name}.dat 16 {gain}/mV 12 0 0 0 0 II\n")
+        (tmp_path / f"{name}.dat").write_bytes(WAVE.astype("<i2").tobytes())
+    expected = np.concatenate([WAVE / 100, WAVE / 200])
+    np.testing.assert_allclose(readers.read(tmp_path / "r").signal[:, 0], expected, rtol=1e-6)
+
+
 def test_segments_that_hold_various_signals_leave_gaps(tmp_path):
     text_header(tmp_path, "r/4 3 250 1100\nlayout 0\ns1 500\n~ 100\ns2 500\n")
     (tmp_path / "layout.hea").write_text(
