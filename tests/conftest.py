@@ -14,6 +14,9 @@ from ralenet_jax import readers_recording, startup
 
 # Before any backend starts: the tests see two CPU devices, whatever the machine.
 jax.config.update("jax_num_cpu_devices", 2)
+# Most of their time is compilation, and the last optimisations take longer than they save. Child processes do alike.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell's background job is started deaf to Ctrl-C, and so would be the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,9 +30,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # As in a command, so that what is compiled here and in processes of their own is the same.
 startup.start_jax()
 
-# Workers take whole files, one after the other: the longest ones first, so that all end at the same time.
+# Workers take whole files, one after the other: the longest ones first, so that all end at the same time. The second is
+# one that does not wait for what the first one makes, `data_dir`.
 _LONGEST = (
-    *("parity_test", "train_test", "export_test", "hosts_test", "demo_test", "real_data_test", "determinism_test"),
+    *("train_test", "demo_test", "hosts_test", "parity_test", "real_data_test", "determinism_test", "export_test"),
     *("fuzz_test", "reproduce_test", "bfloat16_test", "ralenet_test", "attention_test", "denoise_test", "steps_test"),
     *("evaluate_test", "classify_test", "twelve_lead_test", "models_test"),
 )

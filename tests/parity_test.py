@@ -15,6 +15,14 @@ from ralenet_jax.torch_weights import from_state_dict
 STEPS = 10
 
 
+@pytest.fixture(autouse=True)
+def optimised():
+    """What is compared is what users compute, with all of XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def _group(data, group):
     return {key.removeprefix(f"{group}/"): data[key] for key in data.files if key.startswith(f"{group}/")}
 
