@@ -80,14 +80,18 @@ def _apply(model: Any) -> Callable:
 def restore(config: ConfigDict, workdir: str | Path, which: str = "last") -> Trained:
     """The trained model of the run in `workdir`, from the "last" or "best" checkpoint or that of a step.
 
+    The run tells what it was trained on; the shards are asked only where it does not (an older one).
+
     Raises:
-        UserError: if there is no such checkpoint, or no data that tells the shape of a window.
+        UserError: if there is no such checkpoint, or nothing that tells the shape of a window.
     """
-    _, state = evaluate.restore_state(config, workdir, [_cpu()], which)
-    origin = provenance.describe(config, 1)
-    del origin["config"]  # it has a text of its own
-    origin |= {"checkpoint": int(state.step), "trained_from": checkpoint.read_starts(workdir)}
-    return Trained(config, jax.device_get(state.variables), input_pipeline.window_shape(config), origin)
+    starts = checkpoint.read_starts(workdir)
+    last = starts[-1] if starts else {}
+    window = tuple(last.get("window") or input_pipeline.window_shape(config))
+    _, state = evaluate.restore_state(config, workdir, [_cpu()], which, window)
+    data = last.get("data") or provenance.data(config)
+    origin = provenance.software(1) | {"data": data, "checkpoint": int(state.step), "trained_from": starts}
+    return Trained(config, jax.device_get(state.variables), window, origin)
 
 
 def _cpu() -> jax.Device:
@@ -395,7 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", required=True, choices=FORMATS, help="of the file; see the README")
     add("--out", help="file to write (default: WORKDIR/export/MODEL and the format's suffix)")
     add("--checkpoint", default="last", help="last, best or the number of a step (default: last)")
-    add("--data-dir", help="folder of the shards, if no longer where they were")
+    add("--data-dir", help="folder of the shards, which a run is asked for that does not tell of them itself")
     return parser
 
 

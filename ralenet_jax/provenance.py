@@ -48,11 +48,16 @@ def describe(config: ConfigDict, num_devices: int) -> dict[str, Any]:
     """
     settings = json.loads(config.to_json())
     del settings["data"]["dir"], settings["model"]["base"], settings["distributed"]
-    data = {}
+    return {"config": settings} | software(num_devices) | {"data": data(config)}
+
+
+def data(config: ConfigDict) -> dict[str, dict[str, str]]:
+    """The part of it that tells the shards: source and digest of each database."""
+    found = {}
     for name in (config.data.database, "nstdb"):
         builder = input_pipeline.open_shards(config.data.dir, name)
-        data[name] = {"source": builder.info.metadata["source"], "digest": builder.info.metadata["digest"]}
-    return {"config": settings} | software(num_devices) | {"data": data}
+        found[name] = {"source": builder.info.metadata["source"], "digest": builder.info.metadata["digest"]}
+    return found
 
 
 def software(num_devices: int) -> dict[str, Any]:

@@ -257,7 +257,8 @@ def _check_shared(workdir: str | Path) -> None:
 
 
 def _note_start(run: _Run, workdir: str | Path, step: int) -> None:
-    start = {"step": step} | provenance.describe(run.config, len(run.devices))
+    window = input_pipeline.window_shape(run.config)
+    start = {"step": step, "window": window} | provenance.describe(run.config, len(run.devices))
     if run.base is not None:
         start["base"] = run.base
     checkpoint.write_json(Path(workdir) / checkpoint.STARTS, [*checkpoint.read_starts(workdir), start])

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -35,7 +36,8 @@ def run(data_dir, tmp_path_factory):
     state = train_state.create_state(models.build_model("ralenet"), optim.build_optimizer(config, 8), 0, (256, 2))
     moved = jax.tree.map(lambda leaf: leaf + random.normal(0, 0.01, leaf.shape).astype(np.float32), state.variables)
     checkpoint.claim(workdir, config)
-    checkpoint.write_json(workdir / checkpoint.STARTS, [{"step": 0} | provenance.describe(config, 2)])
+    start = {"step": 0, "window": [256, 2]} | provenance.describe(config, 2)
+    checkpoint.write_json(workdir / checkpoint.STARTS, [start])
     with checkpoint.Checkpointer(workdir) as saved:
         saved.save(state.replace(step=jax.numpy.asarray(8, np.int32), **moved), 1.0)
     return workdir
@@ -332,6 +334,20 @@ def test_a_model_that_was_never_published_has_no_torch_file(small, tmp_path):
     with pytest.raises(UserError, match="'small' has no published weights"):
         export.write(small, "torch", tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_are_not_needed_but_where_the_run_does_not_tell_of_them(trained, run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = trained.config.copy_and_resolve_references()
+    config.data.dir = str(tmp_path / "nothing")
+    there = export.restore(config, copy)
+    assert there.window == (256, 2) and there.texts() == trained.texts()
+    (copy / checkpoint.STARTS).unlink()
+    with pytest.raises(UserError, match="ralenet prepare --data-dir"):
+        export.restore(config, copy)
+    config.data.dir = trained.config.data.dir
+    assert export.restore(config, copy).provenance["data"] == trained.provenance["data"]
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,7 @@ def test_finished_run_is_left_alone_and_may_be_prolonged(data_dir, tmp_path, cap
     assert result["learning_curve"][-1]["snr_db"] == pytest.approx(result["conditions"]["bw@-4"]["denoised"]["snr_db"])
     assert [start["step"] for start in result["trained_from"]] == [0, 8]
     assert result["trained_from"][0]["versions"]["jax"] == jax.__version__
+    assert result["trained_from"][0]["window"] == [256, 2]
 
 
 def test_workdir_of_another_configuration_is_refused(data_dir, tmp_path):
