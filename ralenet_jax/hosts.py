@@ -6,9 +6,11 @@ With one process all of this does nothing.
 
 import atexit
 import contextlib
+import ctypes
 import itertools
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,12 +31,13 @@ LOST = 3  # exit code of a process whose companions are gone
 _Result = TypeVar("_Result")
 _waits = itertools.count()
 _watch: "_Watch | None" = None
+_at_abort: Callable | None = None  # kept from Python's memory management for as long as C may call it
 
 
 def connect(config: ConfigDict) -> None:
     """Joins the processes that `distributed.*` or the cluster's environment names, before JAX is first used.
 
-    If not all come in time, JAX ends this process (SIGABRT, with words of its own).
+    If not all come in time, this process ends, with code `LOST`.
 
     Raises:
         UserError: if they are named in part or wrongly, or no cluster is found.
@@ -55,6 +58,7 @@ def connect(config: ConfigDict) -> None:
         )
     asked = "distributed.auto=True" if auto else f"process {number} of {count}, process 0 at {coordinator}"
     print(f"{asked}: waiting for all processes, {start_timeout} s at most", file=sys.stderr, flush=True)
+    _call_at_abort(lambda: _give_up(asked, start_timeout))
     try:
         jax.distributed.initialize(
             *named,
@@ -65,13 +69,34 @@ def connect(config: ConfigDict) -> None:
             shutdown_timeout_seconds=timeout,
         )
     except (ValueError, RuntimeError) as error:
+        _call_at_abort(None)
         reason = str(error).splitlines()[0]
         raise UserError(f"{asked}: the processes did not come together ({reason}); see docs/pods.md") from error
     # JAX has taken SIGTERM for a protocol of its own, which would leave a process that is still starting alive.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     global _watch
     _watch = _Watch(distributed.global_state.client, timeout)
+    _call_at_abort(_watch.lose_store)  # JAX does so at once
     atexit.register(_watch.end)  # before JAX's own goodbye, which was registered earlier
+
+
+def _call_at_abort(action: Callable[[], None] | None) -> None:
+    """Has this called when JAX ends the process: with several lines, a stack trace and SIGABRT, if `action` returns."""
+    global _at_abort
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: action()) if action else None
+    # A handler of Python's own would wait for the main thread to go on.
+    ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, handler)
+    _at_abort = handler
+
+
+def _give_up(asked: str, seconds: int) -> None:
+    _say(f"stopped: {asked}: not all came within {seconds} s; the same command on all tries again")
+    os._exit(LOST)
+
+
+def _say(line: str) -> None:
+    print(f"ralenet: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
 
 
 def is_first() -> bool:
@@ -189,10 +214,17 @@ class _Watch:
         """Ends this process as one that was refused what the others were not."""
         self._leave(2, f"error: {error}", f"process {self._me} was refused; its own message tells why")
 
+    def lose_store(self) -> None:
+        """Ends this process if the store is gone, and with it process 0."""
+        host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), self._every).close()
+        except OSError:
+            self.lose("process 0 is gone")
+
     def _leave(self, code: int, line: str, reason: str) -> None:
         self._leaving.acquire()  # one thread does
-        print(f"ralenet: {line}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        _say(line)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if self._me == 0 or code != LOST:
                 self._word = self._LOST + reason

@@ -229,13 +229,22 @@ print("connected", flush=True)
         yield processes
 
 
-@pytest.mark.parametrize(("told", "victim"), [(signal.SIGKILL, 2), (signal.SIGSTOP, 0)])
-def test_silence_ends_all_with_a_line_where_nothing_computes(told, victim):
+_SILENT = "process {} gave no sign of life for 6 seconds"
+
+
+@pytest.mark.parametrize(
+    ("told", "victim", "reason"),
+    [
+        (signal.SIGKILL, 2, _SILENT.format(2)),
+        (signal.SIGSTOP, 0, _SILENT.format(0)),
+        (signal.SIGKILL, 0, "process 0 is gone"),
+    ],
+)
+def test_a_lost_process_ends_all_with_a_line_where_nothing_computes(told, victim, reason):
     with _three_connected(f"time.sleep({_BOUND})") as processes:
         processes[victim].send_signal(told)
         for number in {0, 1, 2} - {victim}:
             said = processes[number].communicate(timeout=_BOUND / 2)[1].splitlines()[-1]
-            reason = f"process {victim} gave no sign of life for 6 seconds"
             assert f"process {number} of 3 lost the others ({reason}); the same command" in said
             assert processes[number].returncode == hosts.LOST
 
@@ -294,6 +303,7 @@ def test_processes_that_cannot_find_each_other_are_refused():
         ("distributed.auto=True",): "distributed.auto=True: the processes did not come together",
         tuple(named): "process 2 of 2, process 0 at h:1: the processes did not come together",
     }
+    alone = ("distributed.coordinator=localhost:1", "distributed.num_processes=2", "distributed.process_id=1")
     # In a process of its own: JAX may be told of others only before its first use.
     code = f"""
 from ralenet_jax import errors, hosts, main
@@ -302,10 +312,14 @@ for given in {list(cases)}:
         hosts.connect(main.load_config("ralenet", given))
     except errors.UserError as error:
         print(error)
+hosts.connect(main.load_config("ralenet", [*{alone}, "distributed.start_timeout_s=1"]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, timeout=120)
     lines = done.stdout.splitlines()
     assert len(lines) == len(cases), done.stderr
+    assert done.returncode == hosts.LOST
+    said = "ralenet: stopped: process 1 of 2, process 0 at localhost:1: not all came within 1 s; the same command"
+    assert done.stderr.splitlines()[-1].startswith(said)
     assert all(said in line for said, line in zip(cases.values(), lines, strict=True))
 
 
