@@ -4,84 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_twins import assert_same_with_gradients, drawn
 from scipy.special import erf
 
-from ralenet_jax.models import attention, build_model, gpu_kernels, ralenet
-
-_RANDOM = np.random.default_rng(0)
-
-
-def drawn(*shape):
-    return jnp.asarray(_RANDOM.standard_normal(shape), jnp.float32)
-
-
-def assert_same_with_gradients(kernel, twin, arguments, rtol=1e-5):
-    """Every result and gradient, relative to the largest of its kind."""
-
-    def both(function):
-        def loss(*arguments):
-            results = jax.tree.leaves(function(*arguments))
-            return sum(jnp.vdot(jnp.cos(jnp.arange(r.size)), r.ravel()) for r in results), results
-
-        every = tuple(range(len(arguments)))
-        (_, results), gradients = jax.jit(jax.value_and_grad(loss, every, has_aux=True))(*arguments)
-        return jax.tree.leaves((results, gradients))
-
-    with gpu_kernels.traced_for("interpreted"):
-        ours = both(kernel)
-    theirs = both(twin)
-    assert len(ours) == len(theirs)
-    for our, their in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(our, their, rtol=0, atol=rtol * max(float(jnp.abs(their).max()), 1e-3))
-
-
-def plain_attention(features, offset, bias=None, inside=None, start=None):
-    query, key, value = jnp.swapaxes(features + offset[..., None, None], 2, 3)
-    return jnp.swapaxes(attention.attend(query / 2, key, value, bias, start, inside), 1, 2)
-
-
-@pytest.mark.parametrize(("length", "kind"), [(16, "no bias"), (64, "one window"), (64, "windows of each")])
-def test_attention_agrees_with_plain_form(length, kind):
-    heads, batch, window = 2, 2, 8
-    features, offset = drawn(3, heads, 4, batch, length), drawn(3, heads, 4)
-    start = length // 2 - window // 2
-    if kind == "no bias":
-        kernel = lambda *features: gpu_kernels.attend(*features, None, None, None)  # noqa: E731
-        assert_same_with_gradients(kernel, plain_attention, (features, offset))
-    elif kind == "one window":
-        kernel = lambda *arguments: gpu_kernels.attend(*arguments, None, start)  # noqa: E731
-        twin = lambda *arguments: plain_attention(*arguments, start=start)  # noqa: E731
-        assert_same_with_gradients(kernel, twin, (features, offset, drawn(heads, window, window)))
-    else:
-        inside = jnp.asarray(_RANDOM.integers(0, 4, (batch, length)), jnp.int32)
-        kernel = lambda *arguments: gpu_kernels.attend(*arguments, inside, None)  # noqa: E731
-        twin = lambda *arguments: plain_attention(*arguments, inside)  # noqa: E731
-        assert_same_with_gradients(kernel, twin, (features, offset, drawn(heads, length, length)))
-
-
-def test_attention_with_several_samples_for_each_thread(monkeypatch):
-    monkeypatch.setattr(gpu_kernels, "_PLENTY", 1)
-    kernel = lambda *arguments: gpu_kernels.attend(*arguments, None, 28)  # noqa: E731
-    twin = lambda *arguments: plain_attention(*arguments, start=28)  # noqa: E731
-    assert_same_with_gradients(kernel, twin, (drawn(3, 2, 4, 1, 64), drawn(3, 2, 4), drawn(2, 8, 8)))
-
-
-def test_a_window_over_the_edge_has_no_kernel():
-    x, bias = drawn(8, 1, 16), drawn(2, 8, 8)
-    module = ralenet.Attention()
-    variables = module.init(jax.random.key(0), x, bias, -3, None)
-    with gpu_kernels.traced_for("interpreted"):
-        over = module.apply(variables, x, bias, -3, None)[0]
-        assert "pallas_call" not in str(jax.make_jaxpr(lambda x: module.apply(variables, x, bias, -3, None))(x))
-        assert "pallas_call" in str(jax.make_jaxpr(lambda x: module.apply(variables, x, bias, 4, None))(x))
-    np.testing.assert_array_equal(over, module.apply(variables, x, bias, -3, None)[0])
-
-
-def test_attention_of_large_logits_is_finite():
-    features = jnp.full((3, 1, 4, 1, 16), 1e3)
-    with gpu_kernels.traced_for("interpreted"):
-        out = gpu_kernels.attend(features, jnp.zeros((3, 1, 4)), None, None, None)
-    np.testing.assert_allclose(out, 1e3, rtol=1e-6)
+from ralenet_jax.models import build_model, gpu_kernels, ralenet
 
 
 @pytest.mark.parametrize("added", ["nothing", "values", "values and bias"])

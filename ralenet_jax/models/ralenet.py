@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.models import gpu_kernels
+from ralenet_jax.models import gpu_attention, gpu_kernels
 from ralenet_jax.models.attention import attend
 from ralenet_jax.models.batch_norm import BatchNorm
 from ralenet_jax.models.convolution import Conv
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         if gpu_kernels.usable(length, *window) and (start is None or 0 <= start <= length - max(window, default=0)):
             kernel, offset = (jnp.concatenate(pair, -1) for pair in zip(query, key_value, strict=True))
             features = mix(x, kernel).reshape(3, -1, HEAD_DIM, batch, length)
-            y = gpu_kernels.attend(features, offset.reshape(features.shape[:3]), bias, inside, start)
+            y = gpu_attention.attend(features, offset.reshape(features.shape[:3]), bias, inside, start)
             y = y.reshape(x.shape)
         else:
 
