@@ -124,7 +124,8 @@ def _series(entry: Mapping[str, Any], what: str, metric: str, digits: int) -> st
 def _notes(table: Mapping[str, Any], wanted_epochs: int) -> list[str]:
     places = [entry for row in table["rows"].values() for entry in row.values()]
     missing = sum(entry["measured"] is None for entry in places)
-    notes = [f"Means over test windows after the last epoch; {missing} of {len(places)} places are not measured yet."]
+    left = f"; {missing} of {len(places)} places are not measured yet" if missing else ""
+    notes = [f"Means over test windows after the last epoch{left}."]
     short = sorted({entry["epochs"] for entry in places if (entry.get("epochs") or wanted_epochs) < wanted_epochs})
     if short:
         told = " or ".join(map(str, short))
