@@ -76,7 +76,7 @@ def connect(config: ConfigDict) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     global _watch
     _watch = _Watch(distributed.global_state.client, timeout)
-    _call_at_abort(_watch.lose_store)  # JAX does so at once
+    _call_at_abort(_watch.lose_store)  # JAX aborts as soon as the store is gone
     atexit.register(_watch.end)  # before JAX's own goodbye, which was registered earlier
 
 
