@@ -11,9 +11,9 @@ import numpy as np
 from scipy.io import wavfile
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.readers_recording import Recording, blocks, find_leads
+from ralenet_jax.readers_recording import Recording, blocks, check_memory, find_leads
 
-_MOST_PACKED, _MOST_MEMBERS = 2**24, 2**10  # of an NPZ: bytes beyond 32 times its size; arrays
+_MOST_ARRAYS = 2**10  # of an NPZ
 
 
 def _read_array(file: BinaryIO, size: int) -> np.ndarray:
@@ -52,9 +52,9 @@ def read_npz(path: Path, rate: float | None) -> Recording:
     """Reads the array named signal, ecg, data or x, or the only one; its rate, names and units where they are."""
     with zipfile.ZipFile(path) as members:
         infos = [member for member in members.infolist() if member.filename.endswith(".npy")]
-        size = sum(member.file_size for member in infos)
-        if size > 32 * path.stat().st_size + _MOST_PACKED or len(infos) > _MOST_MEMBERS:
-            raise ValueError(f"{len(infos)} arrays of {size} bytes in {path.stat().st_size}")
+        if len(infos) > _MOST_ARRAYS:
+            raise ValueError(f"{len(infos)} arrays")
+        check_memory(path, sum(member.file_size for member in infos), path.stat().st_size)
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in infos)
         arrays = {}
         for member in infos:

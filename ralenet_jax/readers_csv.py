@@ -1,6 +1,7 @@
 """Recordings in tables of text: CSV, TSV, blanks between the numbers, one number a line, PhysioBank's text.
 
-In memory are the bytes of the file and 8 for each number: four times the file where a number takes 2.7 characters.
+In memory are the bytes of the file and 9 for each number, for a while 4 more: four times the file where a number takes
+4.3 characters with what divides it from the next. Of those that take fewer, `check_memory` allows so many.
 """
 
 import array
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.readers_recording import Recording, blocks, find_leads
+from ralenet_jax.readers_recording import Recording, blocks, check_memory, find_leads
 
 _TIME = re.compile(
     r"(elapsed )?(time|t|s|ms|us|sec\w*|milli\w*|micro\w*|timestamp|date|datetime|sample\w*|index)\b", re.I
@@ -26,6 +27,7 @@ _GAPS = {"", "nan", "na", "n/a", "null", "none", "-"}
 _NUMBERED = re.compile(r",0(,\d+)*|0,1,2(,\d+)*")  # a header of Pandas: numbers of the columns
 _LONGEST_HEADER = 50  # lines of a table
 _HEAD = 2**22  # characters in which the layout shows
+_BYTES = 13  # that a number takes while it is read
 _LONGEST_TITLE = 200  # characters of a column's name with its unit; the pattern takes the square of it
 _SLOWEST = 20  # Hz; below it a column of times is in a smaller unit
 _SCALES = {r"s|sec\w*": 1, r"ms|msec|milli\w*": 1e3, r"[uµμ]s|usec|micro\w*": 1e6, r"ns|nano\w*": 1e9}
@@ -105,6 +107,7 @@ def read(path: Path, rate: float | None) -> Recording:
         if numbers is None or len(numbers) != width:
             raise UserError(f"{path}, line {start + row + 1}: {line[:40]!r}; expected {width} numbers; mend that line")
         cells.extend(numbers)
+        check_memory(path, len(raw) + _BYTES * len(cells), len(raw))
     values = np.frombuffer(cells).reshape(-1, width)
     names, units = _titles(head, delimiter, width)
     time = _time_column(values, names)
@@ -167,14 +170,16 @@ def _time_column(values: np.ndarray, names: list[str]) -> int | None:
     named = [column for column, name in enumerate(names) if _TIME.match(name.replace("_", " "))]
     if named or names[0]:
         return named[0] if named else None
-    steps = np.diff(values[:, 0])
-    even = len(steps) > 1 and steps.min() > 0 and _deviation(values[:, 0]) < 0.6 * steps.mean()
-    return 0 if even else None
+    times = values[:, 0]
+    even = len(times) > 2 and np.diff(times).min() > 0
+    return 0 if even and _deviation(times) < 0.6 * (times[-1] - times[0]) / (len(times) - 1) else None
 
 
 def _deviation(times: np.ndarray) -> float:
     """How far times are at most from even ones between the first and the last."""
-    return np.abs(times - np.linspace(times[0], times[-1], len(times))).max()
+    difference = np.linspace(times[0], times[-1], len(times))
+    difference -= times
+    return max(difference.max(), -difference.min())
 
 
 def _rate_of(times: np.ndarray, name: str, unit: str, path: Path) -> float | None:

@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from ralenet_jax.errors import UserError
+
 SUFFIXES = {
     **{".hea": "wfdb", ".dat": "wfdb", ".edf": "edf", ".bdf": "bdf", ".csv": "csv", ".tsv": "csv", ".txt": "csv"},
     **{".npy": "npy", ".npz": "npz", ".wav": "wav"},
 }
 _BLOCK = 2**18  # values worked on at once
+_SPARE = 2**28  # bytes of memory that reading may take beside four times the file
 _VOLTS = {"", "v", "mv", "uv", "µv", "μv", "nv", "adu", "nu"}
 _NO_LEAD = re.compile(
     r"resp|abp|\bart|\bbp\b|pleth|ppg|sp?o2|co2|cvp|\bpap|icp|emg|eog|eeg|flow|thora|abdom|temp|pulse|\bhr\b|accel|"
@@ -78,3 +81,12 @@ def find_leads(names: Sequence[str], units: Sequence[str]) -> tuple[int, ...]:
     """The channels that are ECG, as far as name and unit tell; may be none."""
     pairs = enumerate(zip(names, units, strict=True))
     return tuple(index for index, (name, unit) in pairs if unit.lower() in _VOLTS and not _NO_LEAD.search(name))
+
+
+def check_memory(path: Path, needed: float, size: int) -> None:
+    """Refuses a recording for which so many bytes of memory would be needed, of files of so many bytes."""
+    if needed > 4 * size + _SPARE:
+        raise UserError(
+            f"{path} would take {needed / 1e6:,.0f} MB of memory; expected four times its {size / 1e6:,.1f} MB and "
+            f"{_SPARE / 1e6:,.0f} at most; check it, or store it unpacked: as NPY, or WFDB of format 16"
+        )

@@ -4,22 +4,23 @@ import copy
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import wfdb
 from wfdb.io.header import rx_record, rx_segment, rx_signal
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.readers_recording import SUFFIXES, Recording, blocks, find_leads
+from ralenet_jax.readers_recording import SUFFIXES, Recording, blocks, check_memory, find_leads
 
 _FORMATS = {"80": 8, "212": 12, "16": 16, "24": 24, "32": 32}  # that the library writes: bits of a sample
 _BITS = _FORMATS | {"8": 8, "61": 16, "160": 16, "310": 32 / 3, "311": 32 / 3, "508": 0, "516": 0, "524": 0}  # 0: FLAC
 _WIDE = {"8", "24", "32", "524"}  # whose samples come in 32 bits, those of the others in 16
 _LONGEST_LINE = 1000  # characters; the format has 255, and the library's patterns take the square of it
 _MOST_SIGNALS, _MOST_SEGMENTS = 2**10, 2**14
-_MOST_UNSEEN = 2**22  # values of a record beyond four for each byte of its files: gaps, and what FLAC leaves out
+_AT_ONCE = 9  # bytes that the library takes for a value besides while it reads it
 
 
 def segments(header: Path) -> list[Path]:
@@ -55,26 +56,28 @@ def files(header: Path) -> list[Path]:
     """The files a WFDB record is made of, before any but headers is opened.
 
     Raises:
-        ValueError: for names that lead out of its folder, and for more samples than the files hold: the library takes
-            the memory for what a header claims.
+        UserError: for names that lead out of its folder.
+        ValueError: for more samples than the files hold: the library takes the memory for what a header claims.
     """
     record, lines = _parse(header)
     found, names = {header: None}, []  # a dictionary is a set that keeps the order
     if record["n_seg"]:
         names = [line["seg_name"] for line in lines if line["seg_name"] != "~"]
-        values = int(record["n_sig"]) * sum(int(line["seg_len"]) for line in lines)
+        needed = 2 * int(record["n_sig"]) * sum(int(line["seg_len"]) for line in lines)
     else:
-        values = _add_signals(found, header, record, lines)
+        needed = sum(_add_signals(found, header, record, lines))
     for name in names:
         segment = _add(found, header, f"{name}.hea")
         record, lines = _parse(segment)
         if record["n_seg"]:
             raise ValueError(f"its segment {segment.name} is itself of segments")
-        values += _add_signals(found, segment, record, lines)
-    size = sum(file.stat().st_size for file in found)
-    if values > 4 * size + _MOST_UNSEEN:
-        raise ValueError(f"{values} values in files of {size} bytes")
+        needed += _add_signals(found, segment, record, lines)[1]
+    check_memory(header, needed, _size(found))
     return list(found)
+
+
+def _size(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def _add(found: dict[Path, None], header: Path, name: str) -> Path:
@@ -87,9 +90,10 @@ def _add(found: dict[Path, None], header: Path, name: str) -> Path:
     return file
 
 
-def _add_signals(found: dict[Path, None], header: Path, record: re.Match, lines: list[re.Match]) -> int:
-    """Adds the signal files of a header to those found; how many values they are said to hold."""
-    length, values = int(record["sig_len"] or -1), 0
+def _add_signals(found: dict[Path, None], header: Path, record: re.Match, lines: list[re.Match]) -> tuple[int, int]:
+    """Adds the signal files of a header to those found; the bytes its samples take, and those of reading them."""
+    length, kept, passing = int(record["sig_len"] or -1), 0, 0
+    at_once = _at_once(length, [line["fmt"] for line in lines])
     for name in dict.fromkeys(line["file_name"] for line in lines):
         told = [line for line in lines if line["file_name"] == name]
         formats, counts = {line["fmt"] for line in told}, [int(line["samps_per_frame"] or 1) for line in told]
@@ -104,8 +108,9 @@ def _add_signals(found: dict[Path, None], header: Path, record: re.Match, lines:
         if frame * length > room:
             raise ValueError(f"{length} samples, more than {name} holds")
         skew = max(int(line["skew"] or 0) for line in told)
-        values += sum(counts) * (max(length, 0) + skew)
-    return values
+        kept += (4 if formats < _WIDE else 2) * sum(counts) * max(length, 0)
+        passing += _AT_ONCE * sum(counts) * (skew + at_once * max(length, 0))
+    return kept, passing
 
 
 def read(path: Path, rate: float | None) -> Recording:
@@ -133,7 +138,7 @@ def _read_samples(path: Path, found: list[Path]) -> wfdb.Record:
         names = [None if told == "~" else str(path.absolute().with_name(told)) for told in header.seg_name]
         header.segments = [told and wfdb.rdheader(told) for told in names]
         header.sig_name = next((segment.sig_name for segment in header.segments if segment is not None), [])
-        return _join(path, header) if _differ(path, header) else wfdb.rdrecord(name, **digital)
+        return _join(path, header, found, {} if _differ(path, header) else digital)
     samples = None
     for part in _parts(header):
         read = wfdb.rdrecord(name, part.start, part.stop, **digital)
@@ -147,11 +152,14 @@ def _read_samples(path: Path, found: list[Path]) -> wfdb.Record:
 
 
 def _parts(header: wfdb.Record) -> Iterable[slice]:
-    """What to read at once, as the library takes up to nine bytes a sample while it reads: blocks, or all of it."""
-    # Format 8 counts on from the start; in FLAC the library forgets what skewed signals need beyond a part.
-    if not header.sig_len or not header.n_sig or "8" in header.fmt or any(header.skew):
-        return [slice(0, None)]
-    return blocks(header.sig_len, header.n_sig)
+    """What to read at once, as the library takes more while it reads than the samples do: blocks, or all."""
+    at_once = not header.n_sig or _at_once(header.sig_len, header.fmt)
+    return [slice(0, None)] if at_once else blocks(header.sig_len, sum(header.samps_per_frame))
+
+
+def _at_once(length: int | None, formats: Sequence[str]) -> bool:
+    """Whether signals cannot be read in blocks: of unknown length, or of format 8, which counts on from the start."""
+    return (length or 0) < 1 or "8" in formats
 
 
 def _placed(header: wfdb.MultiRecord) -> Iterator[tuple[int, wfdb.Record, list[int]]]:
@@ -166,7 +174,7 @@ def _placed(header: wfdb.MultiRecord) -> Iterator[tuple[int, wfdb.Record, list[i
 
 
 def _differ(path: Path, header: wfdb.MultiRecord) -> bool:
-    """Whether a channel is not stored alike in all segments: the library takes what the first of them tells for all."""
+    """Whether no digits tell of all segments: a channel is not stored alike in them, or as 8, which has no gaps."""
     stored, units = {}, {}
     for _, segment, channels in _placed(header):
         for place, channel in enumerate(channels):
@@ -178,23 +186,31 @@ def _differ(path: Path, header: wfdb.MultiRecord) -> bool:
                 )
             told = (segment.fmt[place], segment.adc_gain[place], segment.baseline[place])
             stored.setdefault(channel, set()).add(told)
-    return any(len(told) > 1 for told in stored.values())
+    return any(len(told) > 1 or next(iter(told))[0] == "8" for told in stored.values())
 
 
-def _join(path: Path, header: wfdb.MultiRecord) -> wfdb.Record:
-    """Reads segments in physical units, float32, one after the other."""
-    samples = np.full((sum(header.seg_len), header.n_sig), np.nan, np.float32)
-    units = ["NU"] * header.n_sig
+def _join(path: Path, header: wfdb.MultiRecord, found: list[Path], digital: dict[str, Any]) -> wfdb.Record:
+    """Reads segments one after the other: digital samples, or physical ones in float32 where none are asked for."""
+    stored = {"fmt": "16", "adc_gain": 200.0, "baseline": 0, "units": "NU"}  # of a channel that no segment has
+    stored = {field: [value] * header.n_sig for field, value in stored.items()}
+    for _, segment, channels in _placed(header):
+        for place, channel in enumerate(channels):
+            for field, values in stored.items():
+                values[channel] = getattr(segment, field)[place]
+    length, dtype = sum(header.seg_len), np.dtype(f"i{digital['return_res'] // 8}" if digital else np.float32)
+    check_memory(path, length * header.n_sig * dtype.itemsize, _size(found))
+    samples, gaps = np.empty((length, header.n_sig), dtype), np.full((1, header.n_sig), np.nan)
+    samples[:] = wfdb.Record(p_signal=gaps, n_sig=header.n_sig, **stored).adc() if digital else gaps
     for start, segment, channels in _placed(header):
         rows = samples[start : start + segment.sig_len]
         for part in _parts(segment):
-            read = wfdb.rdrecord(str(path.absolute().with_name(segment.record_name)), part.start, part.stop)
-            rows[part, channels] = read.p_signal
-        for place, channel in enumerate(channels):
-            units[channel] = segment.units[place]
+            name = str(path.absolute().with_name(segment.record_name))
+            read = wfdb.rdrecord(name, part.start, part.stop, **digital)
+            rows[part, channels] = read.d_signal if digital else read.p_signal
     kept = ["record_name", "n_sig", "sig_name", "fs", "counter_freq", "base_counter", "base_time", "base_date"]
     told = {name: getattr(header, name) for name in [*kept, "comments"]}
-    return wfdb.Record(sig_len=len(samples), p_signal=samples, units=units, **told)
+    told |= stored if digital else {"units": stored["units"]}
+    return wfdb.Record(sig_len=length, **{"d_signal" if digital else "p_signal": samples}, **told)
 
 
 def _rows(record: wfdb.Record, part: slice) -> np.ndarray:

@@ -91,6 +91,12 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(readers_recording, "_BLOCK", 90)
 
 
+@pytest.fixture
+def small_memory(monkeypatch):
+    """A recording of a megabyte is too large where it takes more than four times its file."""
+    monkeypatch.setattr(readers_recording, "_SPARE", 2**20)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """Shards of the simulated databases, made once for all tests and workers."""

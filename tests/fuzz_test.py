@@ -36,7 +36,7 @@ from ralenet_jax.errors import UserError
 
 FEW, MANY = 60, int(os.environ.get("RALENET_FUZZ_CASES", 10_000))
 LONGEST_S = 10  # of a case, on the processor: other work on the machine does not count
-SPARE_BYTES = 2**28  # that a case may take besides four times its files: what wfdb's gaps and packed arrays may claim
+SPARE_BYTES = 2**28  # that a case may take besides four times its files, as in `readers_recording`
 LONGEST_LINE = 1500  # characters of what a user is told
 
 

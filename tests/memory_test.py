@@ -1,4 +1,7 @@
-"""Memory for recordings of 100 MB, written by other libraries: reading and writing take four times the file at most."""
+"""Memory for recordings of 100 MB, written by other libraries: reading and writing take four times the file at most.
+
+What would take more than that and a fixed amount is refused, as the tests of each format show.
+"""
 
 import functools
 import subprocess
@@ -54,11 +57,17 @@ def record(folder, name, megabytes, fmt, width):
     return folder / f"{name}.hea"
 
 
-def segments(folder, name, megabytes):
-    """Of two gains, so that there are no digital values of the whole."""
+def skewed(folder, name, megabytes):
+    header = record(folder, name, megabytes, "212", 1.5)
+    header.write_text(header.read_text().replace(" 212 ", " 212:3 ", 1))
+    return header
+
+
+def segments(folder, name, megabytes, gains):
+    """Of several gains there are no digital values of the whole."""
     samples = digital(int(megabytes * 1e6 / 4), 2)
     lines = [f"{name}/2 2 250 {len(samples) // 2 * 2}"]
-    for number, gain in enumerate((100.0, 200.0)):
+    for number, gain in enumerate(gains):
         told = {"fmt": ["16"] * 2, "adc_gain": [gain] * 2, "baseline": [0] * 2, "write_dir": str(folder)}
         part = samples[: len(samples) // 2].astype(np.int64)
         wfdb.wrsamp(f"{name}_{number}", 250, ["mV"] * 2, ["I", "II"], d_signal=part, **told)
@@ -105,8 +114,8 @@ def npy(folder, name, megabytes):
     return folder / f"{name}.npy"
 
 
-def npz(folder, name, megabytes):
-    np.savez(folder / f"{name}.npz", signal=digital(int(megabytes * 1e6 / 4), 2), fs=250)
+def npz(folder, name, megabytes, save=np.savez, width=2):
+    save(folder / f"{name}.npz", signal=digital(int(megabytes * 1e6 / width / 2), 2), fs=250)
     return folder / f"{name}.npz"
 
 
@@ -114,8 +123,12 @@ FORMATS = {  # (folder, name, megabytes) → the path of a file of that size
     "wfdb 16": functools.partial(record, fmt="16", width=2),
     "wfdb 212": functools.partial(record, fmt="212", width=1.5),
     "wfdb 24": functools.partial(record, fmt="24", width=3),
-    "wfdb segments": segments,
+    "wfdb 516": functools.partial(record, fmt="516", width=1.3),
+    "wfdb skewed": skewed,
+    "wfdb segments": functools.partial(segments, gains=(100.0, 200.0)),
+    "wfdb segments alike": functools.partial(segments, gains=(200.0, 200.0)),
     **{"edf": edf, "bdf": bdf, "csv": table, "wav": wav, "npy": npy, "npz": npz},
+    "npz packed": functools.partial(npz, save=np.savez_compressed, width=1.4),
 }
 
 

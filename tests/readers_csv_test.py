@@ -133,6 +133,7 @@ def test_encodings_and_ends_of_lines_are_kept(tmp_path, encoding, newline):
 BAD = {  # files, the first of which is read; what is told
     "empty": ({"a.csv": b""}, "is empty"),
     "text": ({"a.txt": b"Dear reader,\nthere is no table\nin here.\n"}, "no table"),
+    "short numbers": ({"a.csv": b"1,2\n" * 2 * 10**5}, "MB of memory; expected four times its 0.8 MB"),
     "bytes": ({"a.csv": bytes(range(256)) * 9}, "no text"),
     "word in a table": ({"a.csv": b"1,2\n3,4\n5,six\n"}, "line 3: '5,six'"),
     "word at the top": ({"a.csv": b"1,2\nx,4\n5,6\n7,8\n"}, "none of a table"),
@@ -148,6 +149,7 @@ def test_a_long_title_is_no_hang(tmp_path):
     assert readers.read(tmp_path / "a.csv", 250).units == ("", "mV")
 
 
+@pytest.mark.usefixtures("small_memory")
 @pytest.mark.parametrize("name", BAD)
 def test_bad_tables_are_one_line_for_the_user(tmp_path, name):
     files, told = BAD[name]
