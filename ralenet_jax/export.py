@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import numpy as np
 import safetensors.numpy
 from ml_collections import ConfigDict
 
-from ralenet_jax import checkpoint, evaluate, input_pipeline, provenance, startup, torch_weights
+from ralenet_jax import checkpoint, evaluate, input_pipeline, provenance, readers_recording, startup, torch_weights
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError, reason
 from ralenet_jax.models import gpu_kernels
@@ -36,6 +35,7 @@ TEXTS = ("config", "window", "provenance")
 _COMPARED = 5  # random windows
 _MOST_WEIGHTS = 2**12  # of a file, by number; each takes time and memory, though it may be empty
 _WIDEST = 2**9  # parts of a container in a msgpack: a module's weights and modules, an array's dimensions
+_LONGEST_TEXT = 2**20  # characters, of which each may become a container
 _LONGEST_NAME = 200  # of a weight, as a message tells it
 _LONGEST, _MOST_LEADS = 2**16, 2**10  # of a window that a file may claim: its model has to be built
 
@@ -119,6 +119,8 @@ def load(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
         raise UserError(f"{path} is no file of weights; expected one that ends in {', '.join(_READERS)}")
     try:
         texts, arrays = _READERS[path.suffix](path)
+        if max(map(len, texts.values()), default=0) > _LONGEST_TEXT:
+            raise ValueError(f"a text of more than {_LONGEST_TEXT} characters")
         settings, window = json.loads(texts["config"]), json.loads(texts["window"])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
@@ -178,7 +180,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    with zipfile.ZipFile(path) as members:
+    with readers_recording.open_archive(path) as members:
         # Packed or overlapping members could ask for more memory than there is.
         if sum(member.file_size for member in members.infolist()) > path.stat().st_size:
             raise ValueError("it holds more than its size")

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.io import wavfile
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.readers_recording import Recording, blocks, check_memory, find_leads
+from ralenet_jax.readers_recording import Recording, blocks, check_memory, find_leads, open_archive
 
 _MOST_ARRAYS = 2**10  # of an NPZ
 
@@ -50,7 +50,7 @@ def convert_npy(recording: Recording, signal: np.ndarray, path: Path) -> None:
 
 def read_npz(path: Path, rate: float | None) -> Recording:
     """Reads the array named signal, ecg, data or x, or the only one; its rate, names and units where they are."""
-    with zipfile.ZipFile(path) as members:
+    with open_archive(path) as members:
         infos = [member for member in members.infolist() if member.filename.endswith(".npy")]
         if len(infos) > _MOST_ARRAYS:
             raise ValueError(f"{len(infos)} arrays")

@@ -27,6 +27,7 @@ _GAPS = {"", "nan", "na", "n/a", "null", "none", "-"}
 _NUMBERED = re.compile(r",0(,\d+)*|0,1,2(,\d+)*")  # a header of Pandas: numbers of the columns
 _LONGEST_HEADER = 50  # lines of a table
 _HEAD = 2**22  # characters in which the layout shows
+_LONGEST_LINE = 2**20  # characters: cells take many times their text
 _BYTES = 13  # that a number takes while it is read
 _LONGEST_TITLE = 200  # characters of a column's name with its unit; the pattern takes the square of it
 _SLOWEST = 20  # Hz; below it a column of times is in a smaller unit
@@ -144,6 +145,8 @@ def _without_ends(lines: Iterable[str], newline: str) -> Iterator[str]:
     """Lines without what ends them, but for blank ones at the end."""
     blank = 0
     for line in lines:
+        if len(line) > _LONGEST_LINE:
+            raise ValueError(f"a line of {len(line)} characters")
         if line.strip("\r\n"):
             yield from itertools.repeat("", blank)
             yield line.removesuffix(newline)

@@ -7,8 +7,11 @@ path)`, which keeps what the recording's file held besides the channels that are
 A recording holds its samples as the file does, often of 12 or 16 bits, and makes float64 of them block by block.
 """
 
+import contextlib
 import dataclasses
+import io
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ SUFFIXES = {
 }
 _BLOCK = 2**18  # values worked on at once
 _SPARE = 2**28  # bytes of memory that reading may take beside four times the file
+_LARGEST_DIRECTORY = 2**20  # bytes, of an archive
 _VOLTS = {"", "v", "mv", "uv", "µv", "μv", "nv", "adu", "nu"}
 _NO_LEAD = re.compile(
     r"resp|abp|\bart|\bbp\b|pleth|ppg|sp?o2|co2|cvp|\bpap|icp|emg|eog|eeg|flow|thora|abdom|temp|pulse|\bhr\b|accel|"
@@ -90,3 +94,19 @@ def check_memory(path: Path, needed: float, size: int) -> None:
             f"{path} would take {needed / 1e6:,.0f} MB of memory; expected four times its {size / 1e6:,.1f} MB and "
             f"{_SPARE / 1e6:,.0f} at most; check it, or store it unpacked: as NPY, or WFDB of format 16"
         )
+
+
+class _Careful(io.BufferedReader):
+    """A file that is read in small parts."""
+
+    def read(self, size=-1, /):
+        if size is not None and size > _LARGEST_DIRECTORY:
+            raise ValueError(f"an archive with a directory of {size} bytes")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An archive to read; raises `ValueError` for a directory that would take ten times its size in memory."""
+    with _Careful(io.FileIO(path)) as file, zipfile.ZipFile(file) as members:
+        yield members

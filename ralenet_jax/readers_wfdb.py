@@ -19,6 +19,7 @@ _FORMATS = {"80": 8, "212": 12, "16": 16, "24": 24, "32": 32}  # that the librar
 _BITS = _FORMATS | {"8": 8, "61": 16, "160": 16, "310": 32 / 3, "311": 32 / 3, "508": 0, "516": 0, "524": 0}  # 0: FLAC
 _WIDE = {"8", "24", "32", "524"}  # whose samples come in 32 bits, those of the others in 16
 _LONGEST_LINE = 1000  # characters; the format has 255, and the library's patterns take the square of it
+_LONGEST_HEADER = 2**21  # bytes, of which each may be a line to the library
 _MOST_SIGNALS, _MOST_SEGMENTS = 2**10, 2**14
 _AT_ONCE = 9  # bytes that the library takes for a value besides while it reads it
 
@@ -34,6 +35,8 @@ def segments(header: Path) -> list[Path]:
 
 def _parse(header: Path) -> tuple[re.Match, list[re.Match]]:
     """The first line of a header, and the lines of its segments or signals, as the library understands them."""
+    if header.stat().st_size > _LONGEST_HEADER:
+        raise ValueError(f"a WFDB header of {header.stat().st_size} bytes; expected {_LONGEST_HEADER} at most")
     lines = [line.strip() for line in header.read_text(encoding="ascii", errors="ignore").splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines or max(map(len, lines)) > _LONGEST_LINE:

@@ -223,6 +223,17 @@ def test_weights_beyond_number_are_refused(small, tmp_path, name):
     assert re.search("500[0-9] weights", refused(save(tmp_path / f"a.{name}", small.texts(), arrays)))
 
 
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_texts_that_would_fill_the_memory_are_refused(small, tmp_path, name):
+    texts = small.texts() | {"config": f"[{'{},' * 400_000}0]"}
+    assert "a text of more than" in refused(save(tmp_path / f"a.{name}", texts, flat(small.variables)))
+
+
+def test_an_npz_with_a_huge_directory_is_refused(small, tmp_path):
+    arrays = {f"params/{number:0>400}": np.zeros(0, np.float32) for number in range(3000)}
+    assert "a directory of 1" in refused(save(tmp_path / "a.npz", small.texts(), arrays))
+
+
 MANY = struct.pack(">I", 2**18)
 HOSTILE = {  # bytes that would take up to 60 times as many in memory
     "empty lists": b"\xdd" + MANY + b"\x90" * 2**18,

@@ -58,6 +58,7 @@ BAD = {
     "empty": b"",
     "cut skip": pairs((1, 5), (59, 0), (0, 0)),
     "before the start": pairs((59, 0)) + struct.pack("<HH", 0xFFFF, 0) + pairs((1, 0), (0, 0)),
+    "long": bytes(2**24 + 2),
     "far": (pairs((59, 0)) + struct.pack("<HH", 0x7FFF, 0xFFFF)) * 2 + pairs((1, 0), (0, 0)),
 }
 

@@ -147,6 +147,7 @@ BAD = {  # files, the first of which is read; what is told
         "would take 2 MB of memory; expected four times its 0.0 MB and 1 at",
     ),
     "a bomb of many": ({"a.npz": npz(**{f"a{index}": np.zeros(1) for index in range(1100)})}, "1100 arrays"),
+    "a large directory": ({"a.npz": npz(**{f"{index:0>1000}": b"" for index in range(1030)})}, "a directory of 1"),
     "a large shape in npz": ({"a.npz": npz(x=claim("<i8", (10**10,)))}, r"\[10000000000\] in 1128 bytes"),
     "truncated npz": ({"a.npz": npz(x=WAVE)[:-300]}, "cannot read"),
     "two arrays": ({"a.npz": npz(a=WAVE, b=WAVE)}, "holds a, b"),

@@ -140,6 +140,7 @@ BAD = {  # files, the first of which is read; what is told
     "short line": ({"a.csv": b"1,2\n3,4\n5\n"}, "line 3: '5'"),
     "no numbers but gaps": ({"a.csv": b"nan\n" * 20_000}, "no table"),
     "wide and long": ({"a.csv": b"1," * 30_000 + b"1\n" + b"1," * 30_000 + b"1\n" + b"1\n" * 300_000}, "line 3: '1'"),
+    "long line": ({"a.csv": b"12," * 400_000 + b"12\n"}, "a line of 1200003 characters"),
     "uneven times": ({"a.csv": b"time,I\n0,1\n0.01,1\n0.5,1\n0.51,2\n"}, "not evenly spaced"),
 }
 

@@ -286,6 +286,7 @@ BAD = {  # files, the first of which is read; what is told
         "s.hea is itself of segments",
     ),
     "two formats": ({"r.hea": b"r 2 250 9\nr.dat 16\nr.dat 212\n", "r.dat": SAMPLES}, "format 16, 212"),
+    "long header": ({"r.hea": b"#\n" * 2**20 + HEADER, "r.dat": SAMPLES}, "a WFDB header of 2097177 bytes"),
     "long line": ({"r.hea": b"1" * 50_000, "r.dat": SAMPLES}, "a line of 50000 characters"),
 }
 
