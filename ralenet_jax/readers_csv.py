@@ -1,7 +1,7 @@
 """Recordings in tables of text: CSV, TSV, blanks between the numbers, one number a line, PhysioBank's text.
 
 In memory are the bytes of the file and 9 for each number, for a while 4 more: four times the file where a number takes
-4.3 characters with what divides it from the next. Of those that take fewer, `check_memory` allows so many.
+4.3 characters with what divides it from the next. Where they take fewer, `check_memory` may refuse the file.
 """
 
 import array
