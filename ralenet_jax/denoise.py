@@ -194,9 +194,7 @@ class Denoiser:
         removed, of_rest = windows - beats, np.ones((count, 1, leads), np.float32)
         if gate is not None:
             drift = augment.wander(removed)
-            of_drift, of_rest, spared = gate(beats, drift, removed - drift)
-            at_peaks = streaming.around_peaks(r_peak, r_mask, length)
-            removed = of_drift * drift + of_rest * (1 - spared * at_peaks) * (removed - drift)
+            removed, of_rest = gate(beats, drift, removed - drift, streaming.around_peaks(r_peak, r_mask, length))
         return np.concatenate([removed, np.broadcast_to(of_rest, removed.shape)], 2)
 
 

@@ -5,7 +5,8 @@ wander in one window, but in a minute it can: it comes in bursts and goes on bel
 steady and does not; and where the rest is noisy, drift is likely noise too. So a small network looks at powers over
 the last 2.5, 10 and 60 seconds. `benchmarks/gate.py` trains it on DS1, and `weights/gate.safetensors` holds it.
 
-At R peaks less of the rest goes, and none in faint noise: the model makes R waves lower.
+At R peaks less of the rest goes, and none in faint noise: the model makes R waves lower. What is fast there is judged
+by itself: muscle noise is fast, and so are QRS complexes; electrodes' noise is not.
 """
 
 import functools
@@ -14,6 +15,7 @@ import importlib.resources
 import numpy as np
 import safetensors.numpy
 import scipy.signal
+from scipy import ndimage
 
 from ralenet_jax import streaming
 
@@ -27,8 +29,11 @@ _LEAST_DB = -50.0  # of the heartbeats' power: fainter noise than that makes no 
 _RANGE_DB = (-20.0, 40.0)  # ratios beyond count as its ends: few such were trained on
 _SILENT = 1e-6  # of the strongest lead's power: a lead that is none
 _SHUT = 0.05
-# At R peaks, which the model makes lower, so much of the rest is spared, by heartbeats over rest in ten seconds.
-_SPARED = (-3.0, 4.0), (0.4, 1.0)  # dB
+# At R peaks, which the model makes lower, so much of the rest below 30 Hz is spared, by heartbeats over the rest in ten
+# seconds, and so much of that above 30 Hz, by heartbeats over it.
+_SLOW = scipy.signal.firwin(15, 30, fs=streaming.RATE).astype(np.float32)
+_SPARED_SLOW = (-6.0, 2.0), (0.4, 1.0)  # dB
+_SPARED_FAST = (8.0, 14.0), (0.0, 1.0)  # dB
 _TINY = 1e-30
 
 
@@ -89,17 +94,34 @@ class Gate:
         self._bands = _Bands(BLOCKS / hop_s)
         self._means = [_Mean(np.exp(-hop_s / seconds)) for seconds in SECONDS]
         self._steady = _Mean(np.exp(-hop_s / SECONDS[-1]))
+        self._ten_s = _Mean(np.exp(-hop_s / 10))
         self._hop_s, self._seen = hop_s, 0
 
-    def __call__(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
-        """The next windows `[W, L, C]` → parts, 0 to 1: float32 `[3, W, 1, C]`.
+    def __call__(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray, at_peaks: np.ndarray):
+        """What is to go from the next windows.
 
-        Of the drift and of the rest what is to go, and how much less of the rest at R peaks.
+        Args:
+            beats, drift, rest: `[W, L, C]`.
+            at_peaks: as `streaming.around_peaks` gives it, `[W, L, 1]`.
+
+        Returns:
+            What goes, `[W, L, C]`; and the part of the rest that goes beside R peaks, `[W, 1, C]`, 0 to 1.
         """
         features = self.features(beats, drift, rest)
-        spared = np.interp(10 * features[..., _REST_10_S], *_SPARED)
-        found = np.concatenate([parts(features, self._network), spared[..., None]], -1)
-        return np.moveaxis(found, -1, 0)[:, :, None].astype(np.float32)
+        of_drift, of_rest = np.moveaxis(parts(features, self._network), -1, 0)[:, :, None].astype(np.float32)
+        slow = ndimage.convolve1d(rest, _SLOW, axis=1, mode="nearest")
+        fast = rest - slow
+        over_fast = self._over_fast(beats, fast)
+        spared_slow = np.interp(10 * features[..., _REST_10_S], *_SPARED_SLOW)[:, None].astype(np.float32)
+        spared_fast = np.interp(over_fast, *_SPARED_FAST)[:, None].astype(np.float32)
+        spared = at_peaks * (spared_slow * slow + spared_fast * fast)
+        return of_drift * drift + of_rest * (rest - spared), of_rest
+
+    def _over_fast(self, beats: np.ndarray, fast: np.ndarray) -> np.ndarray:
+        """Heartbeats over what is fast in the rest, in ten seconds, dB: `[W, C]`."""
+        powers = [x.var(1, dtype=np.float64) for x in (beats, fast)]
+        strong, weak = np.split(self._ten_s(np.concatenate(powers, 1)), 2, 1)
+        return _decibels(strong) - _decibels(weak)
 
     def features(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
         """What the gate goes by, after each of the next windows `[W, L, C]`: `[W, C, FEATURES]`.
