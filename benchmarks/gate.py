@@ -27,6 +27,7 @@ from ralenet_jax import checkpoint, denoise, gate, heartbeats, provenance, start
 # Without 202, which is of the same person as 201.
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
 KINDS = ("bw", "ma", "em", "emb", "bw")  # wander is the hardest to tell
+SETS = {"cases": (30, KINDS), "muscle": (14, ("ma",))}  # of each record; the second without clean ones
 MINUTES, ENDS_S = 10, (10, 120)  # of each case; of stretches, each of which counts as much as another
 CLEAN, STRONG = 0.2, 0.8  # of the cases have no noise; of the others have 13.5 dB at most
 BEGINNING = 0.2  # of the cases begin where the record does
@@ -36,7 +37,7 @@ NETWORKS = 3  # trained from other beginnings; the mean of their scores counts
 STEPS, BATCH, RATE, DECAY = 600, 48, 1e-2, 4e-4
 WEAK_DB, WEAK = 13.5, 0.3  # cases of fainter noise count less
 WANDER_DB, WANDER = -3, 3  # of stronger wander more
-LARGE = 6.0  # dB that an error as strong as the signal counts besides: a burst let through is much in a long recording
+LARGE = 5.0  # dB that an error as strong as the signal counts besides: a burst let through is much in a long recording
 SOFT = 0.05  # of the parts is never quite shut in training: what is shut would learn nothing
 TINY = 1e-9
 
@@ -92,25 +93,27 @@ def lend(random, beats, lender_beats, removed):
     return gain * np.resize(np.roll(removed, random.integers(len(removed)), 0), beats.shape)
 
 
-def draw_cases(random, count):
-    """Kinds and ratios in dB."""
-    kinds = ["none" if n < CLEAN * count else KINDS[n % len(KINDS)] for n in range(count)]
+def draw_cases(random, count, kinds):
+    """Kinds and ratios in dB; clean ones among all kinds alone."""
+    clean = CLEAN * count if kinds == KINDS else 0
+    kinds = ["none" if n < clean else kinds[n % len(kinds)] for n in range(count)]
     strong = random.random(count) < STRONG
     around = random.choice([-6, 0, 6, 12], count) + random.uniform(-1.5, 1.5, count)
     return kinds, np.where(strong, around, random.uniform(12, 24, count))
 
 
-def read_cases(options, record, denoiser, noise):
-    """What is known of a record under its conditions, from the file where it was kept or measured now."""
-    path = Path(options.out) / f"cases_{record}.npz"
+def read_cases(options, record, denoiser, noise, name):
+    """What is known of a record under a set of conditions, from the file where it was kept or measured now."""
+    path = Path(options.out) / f"{name}_{record}.npz"
     if path.exists():
         with np.load(path) as kept:
             return dict(kept)
-    random = np.random.default_rng(int(record))
+    count, drawn = SETS[name]
+    random = np.random.default_rng([int(record), list(SETS).index(name)])
     beats, own, rate = read_parts(options, record, denoiser)
-    length, rows, lent = int(MINUTES * 60 * rate), [], random.random(options.cases) < LENT
+    length, rows, lent = int(MINUTES * 60 * rate), [], random.random(count) < LENT
     fold = options.records.index(record) % FOLDS
-    kinds, ratios = draw_cases(random, options.cases)
+    kinds, ratios = draw_cases(random, count, drawn)
     for kind, ratio_db, of_another in zip(kinds, ratios, lent, strict=True):
         rolled = np.roll(noise, random.integers(noise.shape[1]), 1)
         removed = own
@@ -136,7 +139,7 @@ def read_cases(options, record, denoiser, noise):
     part = path.with_suffix(".part.npz")
     np.savez(part, **found)
     part.rename(path)
-    print(f"{record}: {options.cases} cases", file=sys.stderr, flush=True)
+    print(f"{record}: {count} {name}", file=sys.stderr, flush=True)
     return found
 
 
@@ -224,15 +227,14 @@ def main():
     parser.add_argument("--out", required=True, help="folder for gate.safetensors, gate.json and the cases")
     parser.add_argument("--model", help="exported weights (default: the ones that come along)")
     parser.add_argument("--records", nargs="+", default=DS1)
-    parser.add_argument("--cases", type=int, default=30, help="of each record")
-    parser.add_argument("--clean", type=float, default=0.7, help="dB that a percent of PRD counts")
+    parser.add_argument("--clean", type=float, default=1.0, help="dB that a percent of PRD counts")
     options = parser.parse_args()
     startup.start_jax()
     Path(options.out).mkdir(parents=True, exist_ok=True)
     denoiser = whole_recordings.denoiser_of(options.model)
     noise = whole_recordings.read_noise(options.physionet, second_half=False)
-    found = [read_cases(options, record, denoiser, noise) for record in options.records]
-    record = np.repeat(options.records, [len(one["kind"]) for one in found])
+    found = [read_cases(options, record, denoiser, noise, name) for name in SETS for record in options.records]
+    record = np.repeat(options.records * len(SETS), [len(one["kind"]) for one in found])
     ends = [int(end / found[0]["hop_s"]) for end in ENDS_S]
     names = ("features", "products", "kind", "ratio_db", "lent")
     cases = {name: np.concatenate([one[name] for one in found]) for name in names}
