@@ -119,8 +119,8 @@ class Gate:
 
     def _over_fast(self, beats: np.ndarray, fast: np.ndarray) -> np.ndarray:
         """Heartbeats over what is fast in the rest, in ten seconds, dB: `[W, C]`."""
-        powers = [x.var(1, dtype=np.float64) for x in (beats, fast)]
-        strong, weak = np.split(self._ten_s(np.concatenate(powers, 1)), 2, 1)
+        powers = np.concatenate([_variance(beats), _variance(fast)], 1)
+        strong, weak = np.split(self._ten_s(powers), 2, 1)
         return _decibels(strong) - _decibels(weak)
 
     def features(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
@@ -172,8 +172,17 @@ def parts(features, network: dict, tanh=np.tanh, shut=_SHUT):
 
 def _powers(beats, drift, rest) -> np.ndarray:
     """Powers of windows `[W, L, C]`, of heartbeats and rest about their means: float64 `[3, W, C]`."""
-    slow = np.square(drift, dtype=np.float64).mean(1)
-    return np.stack([beats.var(1, dtype=np.float64), slow, rest.var(1, dtype=np.float64)])
+    return np.stack([_variance(beats), _mean(np.square(drift, dtype=np.float64)), _variance(rest)])
+
+
+def _variance(windows) -> np.ndarray:
+    values = windows.astype(np.float64)
+    return np.maximum(_mean(np.square(values)) - np.square(_mean(values)), 0)
+
+
+def _mean(values) -> np.ndarray:
+    """Over the samples of windows `[W, L, C]`; as a product it takes a tenth of NumPy's time."""
+    return np.full(values.shape[1], 1 / values.shape[1]) @ values
 
 
 def _decibels(power: np.ndarray) -> np.ndarray:

@@ -258,9 +258,11 @@ def around_peaks(r_peak: np.ndarray, r_mask: np.ndarray, length: int) -> np.ndar
     Returns:
         float32 `[W, length, 1]`.
     """
-    away = np.abs(np.arange(length) - r_peak[:, :, None]) / RATE
-    near = (1 + np.cos(np.pi * np.clip(away / _NEAR_S - 1, 0, 1))) / 2 * r_mask[:, :, None]
-    return near.max(1)[:, :, None].astype(np.float32)
+    away = np.arange(int(2 * _NEAR_S * RATE) + 2) / RATE
+    near = (1 + np.cos(np.pi * np.clip(away / _NEAR_S - 1, 0, 1))) / 2
+    there = np.where(r_mask, r_peak, -length - len(near)).astype(np.int32)
+    samples = np.abs(np.arange(length, dtype=np.int32) - there[:, :, None]).min(1)
+    return near.astype(np.float32)[np.minimum(samples, len(near) - 1)][:, :, None]
 
 
 @dataclasses.dataclass
