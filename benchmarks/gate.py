@@ -1,6 +1,6 @@
 """Trains the denoiser's gate (`ralenet_jax/gate.py`) on DS1 and the first half of the noise.
 
-    python benchmarks/gate.py PHYSIONET --out results/gate
+    python benchmarks/gate.py PHYSIONET --out DIR
 
 runs the model, all open, over ten minutes from anywhere in 22 records of DS1, with noise of every kind at −7.5 to
 24 dB and without, and keeps what the gate goes by and what each part would do. Half of the recordings have, in place of
