@@ -181,7 +181,7 @@ def train_one(cases, chosen, ends, clean_weight, seed):
 
     def loss(network, features, products, clean, weight):
         error = errors(network, (features - mean) / deviation, products, ends, SOFT)
-        noisy_cost = 10 * jnp.log10(error + 1e-3) + LARGE * jnp.sqrt(error)
+        noisy_cost = 10 * jnp.log10(error + 1e-3) + LARGE * jnp.sqrt(error + 1e-6)
         cost = jnp.where(clean[:, None], clean_weight * 100 * jnp.sqrt(error + 1e-6), noisy_cost)
         return jnp.mean(cost * weight[:, None]) + DECAY * sum(jnp.sum(x**2) for x in jax.tree.leaves(network))
 
