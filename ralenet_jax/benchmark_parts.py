@@ -155,12 +155,13 @@ def evaluation(config: ConfigDict, devices: Sequence[jax.Device], length: int) -
 
 
 def denoise(devices: Sequence[jax.Device], minutes: float, repeats: int) -> dict:
-    """A made-up recording, two leads at 360 Hz, cleaned whole with the weights that come along, time and again."""
+    """The same minute of two made-up leads at 360 Hz over and over, cleaned whole with the weights that come along."""
     rate, heart_rate = 360, 1.2
-    time_s = np.arange(round(minutes * 60 * rate)) / rate
+    time_s = np.arange(60 * rate) / rate
     beats = np.exp(-np.square((time_s * heart_rate % 1 - 0.5) / (0.02 * heart_rate)))
     noise = np.random.default_rng(0).standard_normal((len(time_s), _LEADS), np.float32)
-    recording = (beats[:, None] + 0.3 * noise).astype(np.float32)
+    minute = (beats[:, None] + 0.3 * noise).astype(np.float32)
+    recording = np.resize(minute, (round(minutes * 60 * rate), _LEADS))
     denoiser = Denoiser.from_pretrained(devices=devices)
     seconds = []
     for _ in range(repeats + 1):  # the first compiles

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,20 @@ class Denoiser:
         model, state = evaluate.restore_state(config, workdir, jax.devices()[:1], which, (window, 2))
         return cls(model, jax.device_get(state.variables), **options)
 
-    def __call__(self, signal: np.ndarray, sampling_rate: float, r_peaks: np.ndarray | None = None) -> np.ndarray:
+    def __call__(
+        self,
+        signal: np.ndarray,
+        sampling_rate: float,
+        r_peaks: np.ndarray | None = None,
+        report: Callable[[int], Any] | None = None,
+    ) -> np.ndarray:
         """Denoises a recording.
 
         Args:
             signal: `[L]` or `[L, leads]`, numbers in any unit, L from 2; NaN or infinite where samples are missing.
             sampling_rate: 50 to 5000 Hz.
             r_peaks: `[n]`, samples of R peaks that are known; None to detect them.
+            report: is told now and then how many samples more are done, as `tqdm.update` takes it.
 
         Returns:
             The same shape and unit, float32 for float32 and float64 for any other; NaN where samples are missing.
@@ -126,6 +133,8 @@ class Denoiser:
             stop = min(grid.final(windows), len(leads))
             taken = removed.take(start, stop, recording.highs(start, stop))
             cleaned[start:stop] = recording.without(taken, start, stop)
+            if report is not None:
+                report(stop - start)
             start = stop
         return cleaned.reshape(given.shape)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from ralenet_jax import readers, startup
 from ralenet_jax.errors import UserError
+
+_SECONDS_UNTIL_BAR, _SECONDS_BETWEEN_LINES = 2, 10
 
 
 def denoise_file(denoiser, path: Path, out: str | None, several: bool, options: argparse.Namespace) -> list[Path]:
@@ -31,15 +34,48 @@ def denoise_file(denoiser, path: Path, out: str | None, several: bool, options: 
         there = ", ".join(recording.names)
         raise UserError(f"{path} has no channel that looks like an ECG lead (there: {there}); choose with --leads")
     target = readers.output_path(recording, out, several)
-    before = recording.channels(leads)
+    before = recording.channels(leads, recording.dtype)
     there = np.isfinite(before).any(0)
     if not there.any():
         raise UserError(f"{path} holds no samples in {', '.join(recording.names[lead] for lead in leads)}")
     if not there.all():  # a lead without a single sample is left as it is
         leads, before = [lead for lead, has_samples in zip(leads, there, strict=True) if has_samples], before[:, there]
-    after = denoiser(before, recording.sampling_rate)
+    with _Progress(path, len(before), recording.sampling_rate) as progress:
+        after = denoiser(before, recording.sampling_rate, report=progress.update)
     written = readers.write(recording, after, target, leads)
     return written + _show(denoiser, recording, leads, before, after, options, several)
+
+
+class _Progress:
+    """Of a long recording: a bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, path: Path, length: int, rate: float):
+        self._path, self._minutes, self._per_minute = path, length / rate / 60, rate * 60
+        is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self._minutes,
+            desc=path.name,
+            unit="min",
+            delay=_SECONDS_UNTIL_BAR,
+            leave=False,
+            disable=not is_terminal,
+            bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}]",
+        )
+        self._done, self._told = 0.0, time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+    def update(self, samples: int) -> None:
+        """So many samples more are done."""
+        self._bar.update(samples / self._per_minute)
+        self._done += samples / self._per_minute
+        if self._bar.disable and time.monotonic() - self._told > _SECONDS_BETWEEN_LINES:
+            print(f"{self._path}: {self._done:.0f} of {self._minutes:.0f} minutes", file=sys.stderr, flush=True)
+            self._told = time.monotonic()
 
 
 def _show(denoiser, recording, leads: Sequence[int], before, after, options, several: bool) -> list[Path]:

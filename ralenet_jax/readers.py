@@ -235,7 +235,7 @@ def _changed(recording: Recording, signal: np.ndarray, leads: Sequence[int]) -> 
     """The channels whose samples are not those of the recording."""
     changed = np.zeros(len(leads), bool)
     for part in blocks(recording.length, len(recording.names)):
-        old, new = recording.rows(part)[:, leads], signal[part]
+        old, new = recording.rows(part)[:, leads].astype(signal.dtype), signal[part]
         changed |= ((old != new) & ~(np.isnan(old) & np.isnan(new))).any(0)
     return {lead: signal[:, place] for place, lead in enumerate(leads) if changed[place]}
 

@@ -122,8 +122,9 @@ def _array_recording(array: np.ndarray, rate: float | None, path: Path, kind: st
     view = _upright(array)
     leads = tuple(range(view.shape[1]))
     names, units = tuple(f"ch{index}" for index in leads), ("",) * len(leads)
+    dtype = np.float32 if array.dtype.itemsize <= (4 if array.dtype.kind == "f" else 2) else np.float64
     return Recording(
-        lambda part: view[part].astype(np.float64), len(view), rate or 0.0, names, units, leads, path, kind, keep
+        lambda part: view[part].astype(np.float64), len(view), rate or 0.0, names, units, leads, path, kind, keep, dtype
     )
 
 

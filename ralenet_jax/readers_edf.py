@@ -14,7 +14,7 @@ import edfio
 import numpy as np
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.readers_recording import SUFFIXES, Recording, blocks, find_leads
+from ralenet_jax.readers_recording import SUFFIXES, Recording, blocks, dtype_of_digits, find_leads
 
 _WIDTHS = {"edf": 2, "bdf": 3}  # bytes of a sample
 _FIELDS = {  # of the signals' header: characters for each signal
@@ -103,7 +103,8 @@ def read(path: Path, rate: float | None) -> Recording:
     if abs(chosen - round(chosen)) < 1e-6 * chosen:  # the header has 8 characters for the duration of a data record
         chosen = round(chosen)
     length, leads = kept[0].samples.shape[0] * kept[0].samples.shape[1], find_leads(names, units)
-    return Recording(rows, length, float(chosen), names, units, leads, path, kind, (data, places))
+    dtype = dtype_of_digits(2 ** (8 * _WIDTHS[kind] - 1) + max(abs(offset) for _, offset in scales))
+    return Recording(rows, length, float(chosen), names, units, leads, path, kind, (data, places), dtype)
 
 
 def _is_continuous(notes: np.ndarray, duration: decimal.Decimal) -> bool:

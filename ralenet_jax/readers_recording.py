@@ -24,6 +24,7 @@ SUFFIXES = {
     **{".hea": "wfdb", ".dat": "wfdb", ".edf": "edf", ".bdf": "bdf", ".csv": "csv", ".tsv": "csv", ".txt": "csv"},
     **{".npy": "npy", ".npz": "npz", ".wav": "wav"},
 }
+_DIGITS = 20  # bits: four less than float32 has
 _BLOCK = 2**18  # values worked on at once
 _SPARE = 2**28  # bytes of memory that reading may take beside four times the file
 _LARGEST_DIRECTORY = 2**20  # bytes, of an archive
@@ -49,6 +50,7 @@ class Recording:
         path: of the file, for WFDB of the header.
         format: "wfdb", "edf", "bdf", "csv", "npy", "npz" or "wav".
         keep: what `write` of the format's module needs besides.
+        dtype: float32 where it tells every digit of the file from the next, to take half of the memory.
     """
 
     rows: Callable[[slice], np.ndarray]
@@ -60,15 +62,16 @@ class Recording:
     path: Path
     format: str
     keep: Any
+    dtype: type[np.floating] = np.float64
 
     @property
     def signal(self) -> np.ndarray:
         """`[L, channels]`, in physical units, float64; NaN where there is a gap. Made anew each time."""
         return self.channels(range(len(self.names)))
 
-    def channels(self, chosen: Sequence[int]) -> np.ndarray:
+    def channels(self, chosen: Sequence[int], dtype: type[np.floating] = np.float64) -> np.ndarray:
         """Some channels of `signal`, `[L, chosen]`."""
-        signal = np.empty((self.length, len(chosen)))
+        signal = np.empty((self.length, len(chosen)), dtype)
         with np.errstate(all="ignore"):
             for part in blocks(self.length, len(self.names)):
                 signal[part] = self.rows(part)[:, chosen]
@@ -79,6 +82,11 @@ def blocks(length: int, width: int) -> Iterator[slice]:
     """The parts, of even lengths but for the last, in which an array `[length, width]` is worked on."""
     step = max(_BLOCK // max(width, 1) // 2, 1) * 2
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def dtype_of_digits(largest: float) -> type[np.floating]:
+    """`Recording.dtype` of samples that are integers of this size at most, less an offset, times a gain."""
+    return np.float32 if largest < 2**_DIGITS else np.float64
 
 
 def find_leads(names: Sequence[str], units: Sequence[str]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import wfdb
 from wfdb.io.header import rx_record, rx_segment, rx_signal
 
 from ralenet_jax.errors import UserError
-from ralenet_jax.readers_recording import SUFFIXES, Recording, blocks, check_memory, find_leads
+from ralenet_jax.readers_recording import SUFFIXES, Recording, blocks, check_memory, dtype_of_digits, find_leads
 
 _FORMATS = {"80": 8, "212": 12, "16": 16, "24": 24, "32": 32}  # that the library writes: bits of a sample
 _BITS = _FORMATS | {"8": 8, "61": 16, "160": 16, "310": 32 / 3, "311": 32 / 3, "508": 0, "516": 0, "524": 0}  # 0: FLAC
@@ -126,7 +126,13 @@ def read(path: Path, rate: float | None) -> Recording:
     units = tuple("" if unit in (None, "NU") else unit for unit in record.units)
     keep = {"files": found, "record": record}
     rate, leads = float(record.fs), find_leads(names, units)
-    return Recording(lambda part: _rows(record, part), record.sig_len, rate, names, units, leads, path, "wfdb", keep)
+    if record.d_signal is None:
+        dtype = record.p_signal.dtype.type
+    else:
+        dtype = dtype_of_digits(np.iinfo(record.d_signal.dtype).max + max(map(abs, record.baseline)))
+    return Recording(
+        lambda part: _rows(record, part), record.sig_len, rate, names, units, leads, path, "wfdb", keep, dtype
+    )
 
 
 def _read_samples(path: Path, found: list[Path]) -> wfdb.Record:

@@ -18,8 +18,10 @@ class Halves:
     def __init__(self):
         self.given = []
 
-    def __call__(self, signal, sampling_rate):
+    def __call__(self, signal, sampling_rate, report):
         self.given.append((signal.shape, sampling_rate))
+        for _ in range(4):
+            report(len(signal) // 4)
         return signal / 2
 
     def find_r_peaks(self, signal, sampling_rate):
@@ -80,6 +82,26 @@ def test_leads_are_chosen(folder, halves):
     before, after = (wfdb.rdrecord(str(folder / name)).p_signal for name in ("one", "out"))
     np.testing.assert_array_equal(after[:, 0], before[:, 0])
     np.testing.assert_allclose(after[:, 1], before[:, 1] / 2, rtol=1e-2)
+
+
+def test_a_long_recording_tells_how_far_it_is(folder, halves, monkeypatch, capsys):
+    np.save(folder / "long.npy", np.sin(np.arange(40 * 60 * RATE) / 9))
+    monkeypatch.setattr(denoise_command, "_SECONDS_BETWEEN_LINES", 0)
+    assert run(folder / "long.npy", "--rate", RATE) == 0
+    captured = capsys.readouterr()
+    lines = [f"{folder / 'long.npy'}: {minutes} of 40 minutes" for minutes in (10, 20, 30, 40)]
+    assert captured.err.splitlines() == lines
+    assert captured.out.splitlines() == [f"{folder / 'long.npy'}: {folder / 'long_denoised.npy'}"]
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(folder, halves, monkeypatch, capsys):
+    np.save(folder / "long.npy", np.sin(np.arange(40 * 60 * RATE) / 9))
+    monkeypatch.setattr(denoise_command, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(denoise_command, "_SECONDS_UNTIL_BAR", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert run(folder / "long.npy", "--rate", RATE) == 0
+    error = capsys.readouterr().err
+    assert "long.npy:" in error and "/40 min [" in error and "\n" not in error
 
 
 def test_one_bad_file_does_not_stop_the_rest(folder, halves, capsys):

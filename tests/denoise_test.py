@@ -137,6 +137,14 @@ def test_blocks_make_no_difference(monkeypatch, rate, r_peaks):
     assert np.nanmax(np.abs(whole - noisy)) > 0.1
 
 
+def test_it_tells_how_many_samples_are_done(monkeypatch):
+    monkeypatch.setattr(denoise, "_BLOCK_S", 5)
+    monkeypatch.setattr(denoise, "_CPU_BATCH", 2)
+    done = []
+    denoiser(Identity())(ecg(60, 250), 250, report=done.append)
+    assert len(done) > 10 and min(done) >= 0 and sum(done) == 60 * 250
+
+
 def test_two_blocks_are_under_way_and_no_more(monkeypatch):
     monkeypatch.setattr(denoise, "_BLOCK_S", 5)
     monkeypatch.setattr(denoise, "_CPU_BATCH", 2)

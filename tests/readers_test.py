@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import edfio
 import numpy as np
 import pytest
+import wfdb
 from made_recordings import WAVE, other_channels, refusal, text_header, wav_file, written
 
 from ralenet_jax import readers
@@ -48,6 +50,49 @@ def test_the_leads_alone_are_given(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "new.npy"), recording.signal + [0.25, 0, 0])
     with pytest.raises(ValueError, match="shape"):
         readers.write(recording, recording.signal, tmp_path / "more.hea", [0])
+
+
+DIGITS = np.random.default_rng(0).permutation(np.arange(-32767, 32768))[:, None]
+
+
+def write_digits(folder, kind, offset):
+    """Every integer of 16 bits but the least, less an offset, in steps of 1/250."""
+    path = folder / f"digits.{kind}"
+    if kind == "hea":
+        told = {"adc_gain": [250], "baseline": [offset], "fmt": ["16"], "units": ["mV"], "sig_name": ["II"]}
+        wfdb.wrsamp("digits", 360, d_signal=DIGITS, write_dir=folder, **told)
+    elif kind == "edf":
+        limits = {"physical_range": ((-32768 + offset) / 4, (32767 + offset) / 4), "digital_range": (-32768, 32767)}
+        signal = edfio.EdfSignal.from_digital(DIGITS[:, 0].astype(np.int16), 5, label="II", **limits)
+        edfio.Edf([signal]).write(path)
+    else:
+        np.save(path, DIGITS.astype(offset))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, offset, dtype",
+    [
+        *(("hea", 0, np.float32), ("hea", 2**19, np.float32), ("hea", 2**20, np.float64)),
+        *(("edf", 0, np.float32), ("edf", 9_000_000, np.float64)),
+        *(("npy", np.int16, np.float32), ("npy", np.float32, np.float32), ("npy", np.int32, np.float64)),
+    ],
+)
+def test_half_of_the_memory_is_taken_where_that_tells_all_digits(tmp_path, kind, offset, dtype):
+    recording = readers.read(write_digits(tmp_path, kind, offset), 5 if kind == "npy" else None)
+    whole = recording.channels([0], recording.dtype)
+    assert whole.dtype == dtype
+    readers.write(recording, whole, tmp_path / f"same.{kind}")
+    suffix = "dat" if kind == "hea" else kind
+    assert (tmp_path / f"same.{suffix}").read_bytes() == (tmp_path / f"digits.{suffix}").read_bytes()
+    step = np.median(np.diff(np.sort(recording.signal[:, 0])))
+    whole[1::2] += dtype(0.4 * step)  # too little for another digit
+    whole[0, 0] = whole[2, 0]
+    readers.write(recording, whole, tmp_path / f"other.{kind}")
+    after = readers.read(tmp_path / f"other.{kind}", 5 if kind == "npy" else None).signal
+    assert after[0] == after[2]
+    if recording.format != "npy" or np.issubdtype(offset, np.integer):
+        np.testing.assert_array_equal(after[1:], recording.signal[1:])
 
 
 def test_a_name_without_suffix_takes_the_format_of_the_recording(tmp_path):
