@@ -17,13 +17,13 @@ _SECONDS_UNTIL_BAR, _SECONDS_BETWEEN_LINES = 2, 10
 
 
 def denoise_file(denoiser, path: Path, out: str | None, several: bool, options: argparse.Namespace) -> list[Path]:
-    """Denoises one recording; gives the files that were written.
+    """Denoises one recording; gives the files that were written, none if they are to be left where they are there.
 
     Args:
         denoiser: a `denoise.Denoiser`.
         path: as `readers.find` gives it.
         out, several: as for `readers.output_path`.
-        options: `rate`, `leads`, `plot` and `report` of the command.
+        options: `rate`, `leads`, `resume`, `plot` and `report` of the command.
 
     Raises:
         UserError: for a recording that cannot be read, cleaned or written.
@@ -34,6 +34,11 @@ def denoise_file(denoiser, path: Path, out: str | None, several: bool, options: 
         there = ", ".join(recording.names)
         raise UserError(f"{path} has no channel that looks like an ECG lead (there: {there}); choose with --leads")
     target = readers.output_path(recording, out, several)
+    plot, page = (
+        _beside(path, several, wanted, suffix) for wanted, suffix in ((options.plot, ".png"), (options.report, ".html"))
+    )
+    if options.resume and all(file is None or file.is_file() for file in (target, plot, page)):
+        return []
     before = recording.channels(leads, recording.dtype)
     there = np.isfinite(before).any(0)
     if not there.any():
@@ -43,7 +48,7 @@ def denoise_file(denoiser, path: Path, out: str | None, several: bool, options: 
     with _Progress(path, len(before), recording.sampling_rate) as progress:
         after = denoiser(before, recording.sampling_rate, report=progress.update)
     written = readers.write(recording, after, target, leads)
-    return written + _show(denoiser, recording, leads, before, after, options, several)
+    return written + _show(denoiser, recording, leads, before, after, plot, page)
 
 
 class _Progress:
@@ -78,9 +83,16 @@ class _Progress:
             self._told = time.monotonic()
 
 
-def _show(denoiser, recording, leads: Sequence[int], before, after, options, several: bool) -> list[Path]:
-    """Writes the plot and the report that were asked for; of several recordings each into that folder."""
-    if not (options.plot or options.report):
+def _beside(path: Path, several: bool, wanted: str | None, suffix: str) -> Path | None:
+    """Where the plot or the page of a recording goes, if one is wanted; of several recordings each into that folder."""
+    if not wanted:
+        return None
+    return Path(wanted) / f"{path.stem}{suffix}" if several else Path(wanted)
+
+
+def _show(denoiser, recording, leads: Sequence[int], before, after, plot: Path | None, page: Path | None) -> list[Path]:
+    """Writes the plot and the page that were asked for."""
+    if plot is None and page is None:
         return []
     from ralenet_jax import report
 
@@ -93,12 +105,7 @@ def _show(denoiser, recording, leads: Sequence[int], before, after, options, sev
         "after": after,
         "beats": denoiser.find_r_peaks(after, recording.sampling_rate),
     }
-    written = []
-    for wanted, write, suffix in ((options.plot, report.figure, ".png"), (options.report, report.write, ".html")):
-        if wanted:
-            path = Path(wanted) / f"{recording.path.stem}{suffix}" if several else Path(wanted)
-            written.append(write(path, **shown))
-    return written
+    return [write(path, **shown) for path, write in ((plot, report.figure), (page, report.write)) if path is not None]
 
 
 def _denoiser(options: argparse.Namespace):
@@ -130,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="work directory or exported weights (default: the ones that come along)")
     parser.add_argument("--checkpoint", default="best", help="of a work directory: best, last or a step (%(default)s)")
     parser.add_argument("--no-gate", action="store_true", help="clean windows too that seem to be clean")
+    parser.add_argument("--resume", action="store_true", help="leave alone what an earlier call has written")
     parser.add_argument("--plot", metavar="PNG", help="draw the ten noisiest seconds (a folder for several recordings)")
     parser.add_argument("--report", metavar="HTML", help="page to look at the whole (a folder for several recordings)")
     return parser
@@ -138,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     if len(options.inputs) == 2 and options.out is None and not _is_there(options.inputs[1]):
         options.out = options.inputs.pop()
-    paths = readers.find(options.inputs)
+    paths = readers.find(options.inputs, options.out)
     several = len(paths) > 1 or any(Path(name).is_dir() for name in options.inputs)
     _check_targets(paths, options, several)
     startup.start_jax()
@@ -147,7 +155,7 @@ def _run(options: argparse.Namespace) -> int:
     for path in tqdm(paths, unit="recording", disable=len(paths) == 1 or not sys.stderr.isatty()):
         try:
             written = denoise_file(denoiser, path, options.out, several, options)
-            tqdm.write(f"{path}: {', '.join(map(str, written))}")
+            tqdm.write(f"{path}: {', '.join(map(str, written)) or 'is there already'}")
         except UserError as error:
             if not several:
                 raise
@@ -182,5 +190,6 @@ def main(argv: list[str]) -> int:
         print(f"ralenet: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ralenet: interrupted; recordings written so far are whole", file=sys.stderr)
+        text = "ralenet: interrupted; recordings written so far are whole, and the same with --resume leaves them alone"
+        print(text, file=sys.stderr)
         return 130

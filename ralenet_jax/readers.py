@@ -23,11 +23,11 @@ from ralenet_jax.readers_recording import SUFFIXES, Recording, blocks
 _DENOISED = "_denoised"  # in the name of what is written beside a recording
 
 
-def find(paths: Sequence[str | Path]) -> list[Path]:
+def find(paths: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:
     """What `read` takes among files, WFDB records and folders (with all below them), sorted, each once.
 
     Of what lies in a folder, the segments of a WFDB record are not listed by themselves, nor is text that is no table
-    of numbers, nor what an earlier run wrote (the stem ends in _denoised).
+    of numbers, nor what an earlier run wrote: its stem ends in _denoised, or it lies in `out`, a folder below that one.
 
     Raises:
         UserError: if a path is not there or not readable, or a folder holds no recording.
@@ -35,17 +35,19 @@ def find(paths: Sequence[str | Path]) -> list[Path]:
     found = set()
     for path in map(Path, paths):
         with _user_errors(f"cannot read {path}", "name a file, a WFDB record or a folder"):
-            found |= _find_below(path) if path.is_dir() else {_resolve(path)}
+            found |= _find_below(path, out) if path.is_dir() else {_resolve(path)}
     return sorted(found)
 
 
-def _find_below(path: Path) -> set[Path]:
+def _find_below(path: Path, out: str | Path | None) -> set[Path]:
     inside = {file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.suffix.lower() != ".dat"}
     hidden = {file for file in inside if any(part.startswith(".") for part in file.relative_to(path).parts)}
     inside = {file for file in inside - hidden if file.is_file()}
     inside -= {part for file in inside if file.suffix == ".hea" for part in readers_wfdb.segments(file)}
     inside = {file for file in inside if SUFFIXES[file.suffix.lower()] != "csv" or readers_csv.is_table(file)}
     inside = {file for file in inside if not file.stem.endswith(_DENOISED)}
+    if out is not None and path.resolve() in Path(out).resolve().parents:
+        inside = {file for file in inside if not file.resolve().is_relative_to(Path(out).resolve())}
     if not inside:
         ends = ", ".join(SUFFIXES)
         raise UserError(f"{path} holds no recording; expected files that end in {ends}, but not in {_DENOISED}")

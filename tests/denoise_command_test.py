@@ -114,6 +114,26 @@ def test_one_bad_file_does_not_stop_the_rest(folder, halves, capsys):
     assert "Traceback" not in captured.err
 
 
+def test_resumed_it_leaves_alone_what_is_whole(folder, halves, capsys):
+    arguments = (folder, "--out", folder / "clean", "--report", folder / "pages", "--resume")
+    assert run(*arguments) == 0
+    first = {path: path.read_bytes() for path in (folder / "clean").iterdir()}
+    assert len(first) == 3 and len(halves.given) == 2
+    for name in ("one.dat", "one.hea"):  # as if it had stopped between the two
+        (folder / "clean" / name).unlink()
+    (folder / "clean" / "two.csv").write_text("kept")
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"{folder / 'two.csv'}: is there already"
+    assert len(halves.given) == 3 and (folder / "clean" / "two.csv").read_text() == "kept"
+    assert (folder / "clean" / "one.dat").read_bytes() == first[folder / "clean" / "one.dat"]
+    (folder / "pages" / "two.html").unlink()  # the page is missing: all of it once more
+    assert run(*arguments) == 0
+    assert len(halves.given) == 4
+    assert (folder / "clean" / "two.csv").read_bytes() == first[folder / "clean" / "two.csv"]
+    assert run(*arguments[:-1]) == 0 and len(halves.given) == 6
+
+
 def test_plot_and_report_of_one_recording(folder, halves):
     assert run(folder / "one", "--plot", folder / "p.png", "--report", folder / "r.html") == 0
     assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")

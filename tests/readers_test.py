@@ -179,6 +179,18 @@ def test_find_leaves_out_what_an_earlier_run_wrote_unless_it_is_named(tmp_path):
     assert readers.find([tmp_path / "done/a_denoised.csv"]) == [tmp_path / "done/a_denoised.csv"]
 
 
+def test_find_leaves_out_the_folder_of_outputs_below_the_one_that_is_searched(tmp_path):
+    for name in ("a.npy", "sub/b.npy", "sub/clean/a.npy"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / name, WAVE)
+    a, b, done = (tmp_path / name for name in ("a.npy", "sub/b.npy", "sub/clean/a.npy"))
+    assert readers.find([tmp_path], tmp_path / "sub/clean") == [a, b]
+    assert readers.find([tmp_path, done], tmp_path / "sub/clean") == [a, b, done]
+    assert readers.find([tmp_path], tmp_path) == readers.find([tmp_path]) == [a, b, done]
+    assert readers.find([tmp_path / "sub"], tmp_path) == [b, done]
+    assert readers.find([tmp_path], tmp_path / "new") == [a, b, done]
+
+
 @pytest.fixture
 def record(tmp_path):
     return readers.read(other_channels(tmp_path))
