@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace) -> int:
     for path in tqdm(paths, unit="recording", disable=len(paths) == 1 or not sys.stderr.isatty()):
         try:
             written = denoise_file(denoiser, path, options.out, several, options)
-            tqdm.write(f"{path}: {', '.join(map(str, written)) or 'is there already'}")
+            tqdm.write(f"{path}: {', '.join(map(str, written)) or 'done already'}")
         except UserError as error:
             if not several:
                 raise

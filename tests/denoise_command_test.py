@@ -124,7 +124,7 @@ def test_resumed_it_leaves_alone_what_is_whole(folder, halves, capsys):
     (folder / "clean" / "two.csv").write_text("kept")
     capsys.readouterr()
     assert run(*arguments) == 0
-    assert capsys.readouterr().out.splitlines()[1] == f"{folder / 'two.csv'}: is there already"
+    assert capsys.readouterr().out.splitlines()[1] == f"{folder / 'two.csv'}: done already"
     assert len(halves.given) == 3 and (folder / "clean" / "two.csv").read_text() == "kept"
     assert (folder / "clean" / "one.dat").read_bytes() == first[folder / "clean" / "one.dat"]
     (folder / "pages" / "two.html").unlink()  # the page is missing: all of it once more
