@@ -103,7 +103,8 @@ def read(path: Path, rate: float | None) -> Recording:
     if abs(chosen - round(chosen)) < 1e-6 * chosen:  # the header has 8 characters for the duration of a data record
         chosen = round(chosen)
     length, leads = kept[0].samples.shape[0] * kept[0].samples.shape[1], find_leads(names, units)
-    dtype = dtype_of_digits(2 ** (8 * _WIDTHS[kind] - 1) + max(abs(offset) for _, offset in scales))
+    gains, offsets = zip(*scales, strict=True)
+    dtype = dtype_of_digits(2 ** (8 * _WIDTHS[kind] - 1) + max(map(abs, offsets)), gains)
     return Recording(rows, length, float(chosen), names, units, leads, path, kind, (data, places), dtype)
 
 

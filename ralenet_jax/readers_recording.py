@@ -12,7 +12,7 @@ import dataclasses
 import io
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ SUFFIXES = {
     **{".hea": "wfdb", ".dat": "wfdb", ".edf": "edf", ".bdf": "bdf", ".csv": "csv", ".tsv": "csv", ".txt": "csv"},
     **{".npy": "npy", ".npz": "npz", ".wav": "wav"},
 }
-_DIGITS = 20  # bits: four less than float32 has
+_DIGITS, _EXPONENT = 20, 100  # bits: four less than float32 has; and powers of 2 that leave room for them
 _BLOCK = 2**18  # values worked on at once
 _SPARE = 2**28  # bytes of memory that reading may take beside four times the file
 _LARGEST_DIRECTORY = 2**20  # bytes, of an archive
@@ -84,9 +84,10 @@ def blocks(length: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def dtype_of_digits(largest: float) -> type[np.floating]:
-    """`Recording.dtype` of samples that are integers of this size at most, less an offset, times a gain."""
-    return np.float32 if largest < 2**_DIGITS else np.float64
+def dtype_of_digits(largest: float, gains: Iterable[float]) -> type[np.floating]:
+    """`Recording.dtype` of samples that are integers of this size at most, times or over a gain."""
+    near = all(2.0**-_EXPONENT < abs(gain) < 2.0**_EXPONENT for gain in gains)
+    return np.float32 if largest < 2**_DIGITS and near else np.float64
 
 
 def find_leads(names: Sequence[str], units: Sequence[str]) -> tuple[int, ...]:

@@ -129,7 +129,7 @@ def read(path: Path, rate: float | None) -> Recording:
     if record.d_signal is None:
         dtype = record.p_signal.dtype.type
     else:
-        dtype = dtype_of_digits(np.iinfo(record.d_signal.dtype).max + max(map(abs, record.baseline)))
+        dtype = dtype_of_digits(np.iinfo(record.d_signal.dtype).max + max(map(abs, record.baseline)), record.adc_gain)
     return Recording(
         lambda part: _rows(record, part), record.sig_len, rate, names, units, leads, path, "wfdb", keep, dtype
     )

@@ -55,11 +55,11 @@ def test_the_leads_alone_are_given(tmp_path):
 DIGITS = np.random.default_rng(0).permutation(np.arange(-32767, 32768))[:, None]
 
 
-def write_digits(folder, kind, offset):
-    """Every integer of 16 bits but the least, less an offset, in steps of 1/250."""
+def write_digits(folder, kind, offset, gain=250):
+    """Every integer of 16 bits but the least; WFDB and EDF have an offset, and are in steps of 1/gain and 1/4."""
     path = folder / f"digits.{kind}"
     if kind == "hea":
-        told = {"adc_gain": [250], "baseline": [offset], "fmt": ["16"], "units": ["mV"], "sig_name": ["II"]}
+        told = {"adc_gain": [gain], "baseline": [offset], "fmt": ["16"], "units": ["mV"], "sig_name": ["II"]}
         wfdb.wrsamp("digits", 360, d_signal=DIGITS, write_dir=folder, **told)
     elif kind == "edf":
         limits = {"physical_range": ((-32768 + offset) / 4, (32767 + offset) / 4), "digital_range": (-32768, 32767)}
@@ -93,6 +93,11 @@ def test_half_of_the_memory_is_taken_where_that_tells_all_digits(tmp_path, kind,
     assert after[0] == after[2]
     if recording.format != "npy" or np.issubdtype(offset, np.integer):
         np.testing.assert_array_equal(after[1:], recording.signal[1:])
+
+
+@pytest.mark.parametrize("gain", [1e-32, 1e32])
+def test_numbers_too_large_or_small_for_half_of_the_memory_take_all(tmp_path, gain):
+    assert readers.read(write_digits(tmp_path, "hea", 0, gain)).dtype == np.float64
 
 
 def test_a_name_without_suffix_takes_the_format_of_the_recording(tmp_path):
