@@ -82,6 +82,7 @@ def test_half_of_the_memory_is_taken_where_that_tells_all_digits(tmp_path, kind,
     recording = readers.read(write_digits(tmp_path, kind, offset), 5 if kind == "npy" else None)
     whole = recording.channels([0], recording.dtype)
     assert whole.dtype == dtype
+    assert not readers._changed(recording, whole, [0])  # nothing to write anew
     readers.write(recording, whole, tmp_path / f"same.{kind}")
     suffix = "dat" if kind == "hea" else kind
     assert (tmp_path / f"same.{suffix}").read_bytes() == (tmp_path / f"digits.{suffix}").read_bytes()
