@@ -13,8 +13,8 @@ HEADS, BATCH, HEAD_DIM, LENGTH, WINDOW = 2, 4, 4, 24, 8
 
 def softmax_attention(query, key, value, on_map):
     """Attention as the paper writes it, differentiated by JAX; the bias `[H, B, L, L]` stands on the whole map."""
-    logits = jnp.einsum("hbdi,hbdj->hbij", query, key) + on_map
-    return jnp.einsum("hbij,hbdj->hbdi", jax.nn.softmax(logits, -1), value)
+    logits = jnp.einsum("hdbi,hdbj->hbij", query, key) + on_map
+    return jnp.einsum("hbij,hdbj->hdbi", jax.nn.softmax(logits, -1), value)
 
 
 def plain(query, key, value, bias, start):
@@ -22,7 +22,7 @@ def plain(query, key, value, bias, start):
     place = np.arange(LENGTH) - start
     inside = (place >= 0) & (place < WINDOW)
     place = place.clip(0, WINDOW - 1)
-    on_map = jnp.where(np.outer(inside, inside), bias[:, place[:, None], place[None]], 0.0)
+    on_map = jnp.where(np.outer(inside, inside), bias[:, place[None], place[:, None]], 0.0)
     return softmax_attention(query, key, value, on_map[:, None])
 
 
@@ -32,7 +32,7 @@ def plain_windows(query, key, value, bias, starts):
     for example, of_example in enumerate(starts):
         for start in of_example:
             both[example, max(start, 0) : max(start + WINDOW, 0), max(start, 0) : max(start + WINDOW, 0)] = True
-    return softmax_attention(query, key, value, jnp.where(both, bias[:, None], 0.0))
+    return softmax_attention(query, key, value, jnp.where(both, jnp.swapaxes(bias, 1, 2)[:, None], 0.0))
 
 
 def bits(starts):
@@ -50,13 +50,13 @@ STARTS = [[-3], [1, 14], [6, 9], []]
 
 def inputs(width=WINDOW):
     random = np.random.default_rng(0)
-    features = [random.standard_normal((HEADS, BATCH, HEAD_DIM, LENGTH)) for _ in range(3)]
+    features = [random.standard_normal((HEADS, HEAD_DIM, BATCH, LENGTH)) for _ in range(3)]
     bias = random.standard_normal((HEADS, width, width))
     return [jnp.asarray(array, jnp.float32) for array in (*features, bias)]
 
 
 def assert_same_with_gradients(ours, twin, arguments):
-    weight = jnp.cos(jnp.arange(HEADS * BATCH * HEAD_DIM * LENGTH)).reshape(HEADS, BATCH, HEAD_DIM, LENGTH)
+    weight = jnp.cos(jnp.arange(HEADS * HEAD_DIM * BATCH * LENGTH)).reshape(HEADS, HEAD_DIM, BATCH, LENGTH)
     np.testing.assert_allclose(jax.jit(ours)(*arguments), jax.jit(twin)(*arguments), atol=2e-6)
     every = tuple(range(len(arguments)))
     our_gradients, twin_gradients = (
@@ -107,7 +107,7 @@ def test_weights_worked_by_hand():
     zeros = jnp.zeros((1, 1, 1, 4))
     value = jnp.array([1.0, 2.0, 4.0, 9.0]).reshape(1, 1, 1, 4)
     # Query 1 sees key 2 three times as strongly: (1 + 2 + 3·4 + 9) / 6 = 4; the others see the mean, 4.
-    bias = jnp.array([[[0.0, jnp.log(3.0)], [0.0, 0.0]]])
+    bias = jnp.array([[[0.0, 0.0], [jnp.log(3.0), 0.0]]])
     expected = np.full((1, 1, 1, 4), 4.0)
     np.testing.assert_allclose(attend(zeros, zeros, value, bias, 1), expected, rtol=1e-6)
     # With key 3 instead of key 2 in the window's second place, query 2 does: (1 + 2 + 4 + 3·9) / 6.

@@ -10,8 +10,9 @@ from ralenet_jax.models import attention, gpu_attention, gpu_kernels, ralenet
 
 
 def plain_attention(features, offset, bias=None, inside=None, start=None):
-    query, key, value = jnp.swapaxes(features + offset[..., None, None], 2, 3)
-    return jnp.swapaxes(attention.attend(query / 2, key, value, bias, start, inside), 1, 2)
+    query, key, value = features + offset[..., None, None]
+    by_keys = None if bias is None else jnp.swapaxes(bias, 1, 2)
+    return attention.attend(query / 2, key, value, by_keys, start, inside)
 
 
 @pytest.mark.parametrize(("length", "kind"), [(16, "no bias"), (64, "one window"), (64, "windows of each")])

@@ -177,11 +177,11 @@ def test_gelu_is_the_erf_form():
 def test_r_wave_bias_by_hand():
     table = jnp.array([[10.0], [20.0], [30.0]])
     bias = ralenet.RWaveBias(2, 1).apply({"params": {"table": table}}, 2)
-    # Row i − j + W − 1: the diagonal has row 1, query 1 with key 0 row 2.
-    np.testing.assert_array_equal(bias, [[[20, 10], [30, 20]]])
+    # Row query − key + W − 1: the diagonal has row 1, query 1 with key 0 row 2.
+    np.testing.assert_array_equal(bias, [[[20, 30], [10, 20]]])
     longer = ralenet.RWaveBias(2, 1).apply({"params": {"table": table}}, 4)[0]
     for i, j in ((0, 0), (0, 1), (1, 0), (2, 3), (3, 2), (3, 3)):
-        assert longer[i, j] == table[i - j + 1, 0]
+        assert longer[j, i] == table[i - j + 1, 0]
 
 
 def test_partial_convolution_touches_one_channel():

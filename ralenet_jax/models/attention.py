@@ -1,19 +1,24 @@
-"""Softmax attention with a bias on a square window of its logits, and its gradient.
+"""Softmax attention with a bias on square windows of its logits, and its gradient.
 
-Features are `[H, B, D, L]`: heads, batch, channels of a head, samples. With 4 channels a head the work is not in the
-products but in the maps `[H, B, L, L]`: each is written once, the division by the sum of the weights is done on the
-features. Adding a bias to a whole map would cost as much as the softmax, so the few queries inside the window have a
-map of their own, and only that one gets the bias.
+Features are `[H, D, B, L]`: heads, channels of a head, batch, samples. With 4 channels a head the work is not in the
+products but in the maps `[H, B, K, Q]`, keys by queries. On a CPU a logit is four products of vectors, done once for
+the highest and once more on the way to the exponential, so that only the weights are ever written. The division by
+their sum is done on the features.
 
 The maps of the logits, their exponentials and sums are float32; products are of the features' dtype.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # On a CPU, memory above the allocator's limit of 32 MB comes anew from the system for every batch, its pages to be
 # cleared first, and maps that fit the cache are read from there. Smaller pieces than this lose by their own cost.
 _PIECE_BYTES = 2**23
+_LEAST = -69  # of a logit below the highest: 1e-30 of its weight; numbers too small to be normal ones take longer
+_MOST = np.finfo(np.float32).max
 _SUMMED_ONE_BY_ONE = 32  # examples, at most: more would be a long program
 
 
@@ -21,146 +26,185 @@ def attend(query, key, value, bias=None, start=None, inside=None):
     """Softmax attention with a bias on square windows of its logits.
 
     Args:
-        query: `[H, B, D, L]`, scaled already.
-        key: `[H, B, D, L]`.
-        value: `[H, B, D, L]`.
-        bias: float32 `[H, W, W]`, added to the logits of the queries and keys inside the one window that stands at the
-            same place in every example; or `[H, L, L]`, of which each example takes what is inside its own windows;
-            None for no bias.
+        query: `[H, D, B, L]`, scaled already.
+        key: `[H, D, B, L]`.
+        value: `[H, D, B, L]`.
+        bias: float32 `[H, W, W]`, keys by queries, added to the logits inside the one window that stands at the same
+            place in every example; or `[H, L, L]`, of which each example takes what is inside its own windows; None for
+            no bias. It counts up to 69 either way.
         start: first sample of the one window, an int; what hangs over an edge is cut.
         inside: int32 `[B, L]`, which windows each sample is in, a bit for each.
 
     Returns:
-        `[H, B, D, L]`.
+        `[H, D, B, L]`.
     """
-    if bias is None:
-        return _attend(query, key, value, None, None)
-    if inside is not None:
-        return _attend(query, key, value, bias[:, None], inside[None])
-    return _attend_around(query, key, value, bias, start)
+    length, low = query.shape[3], 0
+    if bias is not None and inside is None:
+        low, high = max(start, 0), min(start + bias.shape[1], length)
+        bias = bias[:, low - start : high - start, low - start : high - start] if low < high else None
+    return _attend(query, key, value, bias, inside, low)
 
 
-def _attend_around(query, key, value, bias, start):
-    """The window stands at the same place in every example."""
-    length, window = query.shape[3], bias.shape[1]
-    low, high = max(start, 0), max(min(start + window, length), 0)
-    if low >= high:
-        return _attend(query, key, value, None, None)
-    bias = bias[:, low - start : high - start, low - start : high - start]
-    # Behind the barrier the bias stays one map for the whole batch; XLA would write a copy for each example.
-    bias = jax.lax.optimization_barrier(
-        jax.lax.pad(bias, 0.0, [(0, 0, 0), (0, 0, 0), (low, length - high, 0)])[:, None]
-    )
-    outside = _attend(jnp.concatenate([query[..., :low], query[..., high:]], 3), key, value, None, None)
-    middle = _attend(query[..., low:high], key, value, bias, None)
-    return jnp.concatenate([outside[..., :low], middle, outside[..., low:]], 3)
-
-
-@jax.custom_vjp
-def _attend(query, key, value, bias, inside):
-    """Attention of queries `[H, B, D, Q]` to keys and values `[H, B, D, L]`.
-
-    The bias is `[H, 1, Q, L]` or None; with `inside` `[1, B, L]` (then Q is L) it counts where a query and a key are in
-    the same window.
-    """
-    pieces = _pieces(query, key)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(query, key, value, bias, inside, low):
+    """Attention with a bias `[H, W, W]` of which the first key and query are sample `low`; or None."""
+    pieces = _pieces(query)
     if pieces == 1:
-        return _forward(query, key, value, bias, inside)[0]
-    out = _map_pieces(lambda *piece: _forward(*piece)[0], pieces, query, key, value, bias, inside)
-    return _join(out, query)
+        return _forward(query, key, value, bias, inside, low)[0]
+    forward = lambda inside, *piece: _forward(*piece, bias, inside, low)[0]  # noqa: E731
+    return _join(_map_pieces(forward, pieces, inside, query, key, value))
 
 
-def _attend_forward(query, key, value, bias, inside):
-    if _pieces(query, key) == 1:
-        return _forward(query, key, value, bias, inside)
-    return _attend(query, key, value, bias, inside), (query, key, value, bias, inside)
+def _attend_forward(query, key, value, bias, inside, low):
+    if _pieces(query) == 1:
+        return _forward(query, key, value, bias, inside, low)
+    return _attend(query, key, value, bias, inside, low), (query, key, value, bias, inside)
 
 
-def _attend_backward(residuals, d_out):
+def _attend_backward(low, residuals, d_out):
     if len(residuals) > 5:
-        return *_backward(residuals, d_out), None
+        return *_backward(residuals, low, d_out), None
     # Maps in pieces are not kept: to compute them again costs less than the memory.
-    pieces = _pieces(*residuals[:2])
-    gradients = _map_pieces(lambda d, *piece: _backward(_forward(*piece)[1], d), pieces, d_out, *residuals)
-    return *jax.tree.map(_join, gradients, residuals[:4]), None
+    query, key, value, bias, inside = residuals
+
+    def backward(inside, d_out, *piece):
+        return _backward(_forward(*piece, bias, inside, low)[1], low, d_out)
+
+    *gradients, d_bias = _map_pieces(backward, _pieces(query), inside, d_out, query, key, value)
+    return *map(_join, gradients), None if bias is None else d_bias.sum(0), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _pieces(query, key):
-    """Into how many pieces the batch is cut; a batch of any size, as in an exported program, is not."""
-    heads, batch, _, queries = query.shape
-    if jax.default_backend() != "cpu" or not isinstance(batch, int):
+def _for_cpu(batch):
+    """Whether this is compiled for a CPU; a batch of any size, as in an exported program, is not."""
+    return jax.default_backend() == "cpu" and isinstance(batch, int)
+
+
+def _pieces(query):
+    """Into how many pieces the batch is cut."""
+    heads, _, batch, length = query.shape
+    if not _for_cpu(batch):
         return 1
-    fit = max(_PIECE_BYTES // max(4 * heads * queries * key.shape[3], 1), 1)
+    fit = max(_PIECE_BYTES // max(4 * heads * length**2, 1), 1)
     return next(pieces for pieces in range(1, batch + 1) if batch % pieces == 0 and batch // pieces <= fit)
 
 
-def _map_pieces(function, pieces, *arrays):
-    """Maps a function over pieces of the batch, one after the other; what has a batch of 1 goes into all."""
+def _map_pieces(function, pieces, inside, *features):
+    """Maps a function of features `[H, D, B, L]` and of `inside` over pieces of the batch, one after the other."""
 
     def cut(x):
-        if x.shape[1] == 1:
-            return jnp.broadcast_to(x, (pieces, *x.shape))
-        return jnp.moveaxis(x.reshape(x.shape[0], pieces, -1, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], pieces, -1, x.shape[3]), 2, 0)
 
-    return jax.lax.map(lambda piece: function(*piece), jax.tree.map(cut, arrays))
+    def of_piece(arrays):
+        # XLA would look a piece up among all at every use, and that not in vectors; joined it is an array of its own.
+        sizes = np.cumsum([x.shape[1] for x in arrays])[:-1]
+        arrays = jnp.split(jax.lax.optimization_barrier(jnp.concatenate(arrays, 1)), sizes, 1)
+        bits = None if inside is None else jax.lax.bitcast_convert_type(arrays.pop()[0, 0], jnp.int32)
+        return function(bits, *(x.astype(features[0].dtype) for x in arrays))
+
+    arrays = [x.astype(jnp.float32) for x in features]
+    if inside is not None:
+        bits = jax.lax.bitcast_convert_type(inside, jnp.float32)
+        arrays.append(jnp.broadcast_to(bits, (len(arrays[0]), 1, *bits.shape)))
+    return jax.lax.map(of_piece, [cut(x) for x in arrays])
 
 
-def _join(pieces, whole):
-    """Puts mapped pieces together to the shape of `whole`; what went into all is summed."""
-    return pieces.sum(0) if whole.shape[1] == 1 else jnp.moveaxis(pieces, 0, 1).reshape(whole.shape)
+def _join(pieces):
+    """Puts mapped pieces `[pieces, H, D, B, L]` together."""
+    return jnp.moveaxis(pieces, 0, 2).reshape(*pieces.shape[1:3], -1, pieces.shape[4])
 
 
-def _forward(query, key, value, bias, inside):
-    logits = _product(_transpose(query), key)
-    if bias is not None:
-        logits += _where_inside(bias, inside)
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-    scale = 1 / weights.sum(-1, keepdims=True)
-    weights = weights.astype(value.dtype)
-    out = _transpose((_product(weights, _transpose(value)) * scale).astype(value.dtype))
-    return out, (query, key, value, bias, inside, weights, _transpose(scale), out)
+def _forward(query, key, value, bias, inside, low):
+    logits = _logits(key, query) - _highest(key, query)
+    if inside is not None:
+        logits += jnp.where(_together(inside), _kept(bias)[:, None], 0.0)
+    elif bias is not None:
+        beside = low, query.shape[3] - low - bias.shape[1], 0
+        logits += _kept(jax.lax.pad(bias, 0.0, [(0, 0, 0), beside, beside]))[:, None]
+    weights = jnp.exp(_apart(logits, _LEAST)).astype(value.dtype)
+    sums = _product(_examples_first(jnp.concatenate([value, jnp.ones_like(value[:, :1])], 1)), weights)
+    scale = 1 / sums[:, :, -1]
+    out = (jnp.swapaxes(sums[:, :, :-1], 1, 2) * scale[:, None]).astype(value.dtype)
+    return out, (query, key, value, bias, inside, weights, scale, out)
+
+
+def _logits(left, right):
+    """`[H, D, B, M]`, `[H, D, B, N]` → their products `[H, B, M, N]`."""
+    if not _for_cpu(left.shape[2]):
+        return _product(_channels_last(left), _examples_first(right))
+    left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+    return sum(left[:, i, :, :, None] * right[:, i, :, None] for i in range(left.shape[1]))
+
+
+def _highest(key, query):
+    """The highest logit of each query, `[H, B, 1, Q]`: of every four keys first, so that a quarter is written."""
+    parts = next(parts for parts in (4, 2, 1) if key.shape[3] % parts == 0)
+    logits = [_logits(part, query) for part in jnp.split(key, parts, 3)]
+    return _apart(_apart(functools.reduce(jnp.maximum, logits)).max(2, keepdims=True))
+
+
+def _kept(bias):
+    """The bias as an array of its own: XLA makes what is cheap anew for every logit, but not a logarithm."""
+    return jnp.log(jnp.exp(bias).clip(1e-30, 1e30))
+
+
+def _apart(x, least=-_MOST):
+    """x `[H, B, …]`, behind something that XLA's library for products and sums on a CPU does not take.
+
+    It would compute the maps too if it could, and slower.
+    """
+    return jax.lax.clamp(np.float32(least), x, _MOST) if _for_cpu(x.shape[1]) else x
 
 
 def _product(left, right):
     return jnp.matmul(left, right, preferred_element_type=jnp.float32)
 
 
-def _where_inside(x, inside):
-    """What of `x` `[H, 1 or B, Q, L]` belongs to queries and keys that are in the same window; all without `inside`."""
-    if inside is None:
-        return x
-    return jnp.where((inside[..., None] & inside[:, :, None]) != 0, x, 0.0)
+def _together(inside):
+    """Which samples are in the same window: `[B, L]` → `[B, L, L]`."""
+    return (inside[:, :, None] & inside[:, None]) != 0
 
 
-def _backward(residuals, d_out):
+def _backward(residuals, low, d_out):
     query, key, value, bias, inside, weights, scale, out = residuals
-    d_sum = d_out * scale
-    d_sum_factor = d_sum.astype(value.dtype)
-    d_value = d_sum_factor @ weights
-    shift = (d_sum * out).sum(2)[..., None]
-    d_logits = weights * (_product(_transpose(d_sum_factor), value) - shift)
-    d_logits_factor = d_logits.astype(value.dtype)
-    d_query = _transpose(d_logits_factor @ _transpose(key))
-    d_key = query @ d_logits_factor
-    return d_query, d_key, d_value, None if bias is None else _summed_over_batch(d_logits, inside)
+    d_sum = d_out * scale[:, None]
+    shift = _apart((d_sum * out).sum(1))
+    d_sum = d_sum.astype(value.dtype)
+    d_logits = _apart(weights * (_logits(value, d_sum) - shift[:, :, None]))
+    factor = d_logits.astype(value.dtype)
+    d_query = jnp.swapaxes(_examples_first(key) @ factor, 1, 2)
+    d_key = _channels_second(factor @ _channels_last(query))
+    d_value = _channels_second(weights @ _channels_last(d_sum))
+    return d_query, d_key, d_value, None if bias is None else _summed_over_batch(d_logits, bias.shape[1], inside, low)
 
 
-def _summed_over_batch(d_logits, inside):
-    """The gradient of a bias `[H, 1, Q, L]` from that of the logits `[H, B, Q, L]`."""
+def _summed_over_batch(d_logits, width, inside, low):
+    """The gradient of a bias from that of the logits `[H, B, K, Q]`."""
     batch = d_logits.shape[1]
-    if inside is None or not isinstance(batch, int) or batch > _SUMMED_ONE_BY_ONE:
-        return _where_inside(d_logits, inside).sum(1, keepdims=True)
+    if inside is None:
+        return d_logits[:, :, low : low + width, low : low + width].sum(1)
+    if not isinstance(batch, int) or batch > _SUMMED_ONE_BY_ONE:
+        return jnp.where(_together(inside), d_logits, 0.0).sum(1)
     # One sum of many terms in a single pass; a reduction over this axis takes three times as long on CPU.
-    return sum(_where_inside(d_logits[:, i : i + 1], inside[:, i : i + 1]) for i in range(batch))
+    return sum(jnp.where(_together(inside[i : i + 1])[0], d_logits[:, i], 0.0) for i in range(batch))
 
 
-def _transpose(x):
-    """`[H, B, M, N]` → `[H, B, N, M]`, as an array of its own.
+def _examples_first(x):
+    """`[H, D, B, L]` → `[H, B, D, L]`."""
+    return jnp.swapaxes(x, 1, 2)
 
-    XLA would fold the transpose into the product before or after it, and on CPU a product with its left side
-    transposed takes up to 20 times as long.
+
+def _channels_last(x):
+    """`[H, D, B, L]` → `[H, B, L, D]`, as an array of its own.
+
+    XLA would fold the transpose into the product after it, and on CPU a product with its left side transposed takes up
+    to 20 times as long; the same for the way back.
     """
-    return jax.lax.optimization_barrier(jnp.swapaxes(jax.lax.optimization_barrier(x), 2, 3))
+    return jax.lax.optimization_barrier(jnp.moveaxis(jax.lax.optimization_barrier(x), 1, 3))
+
+
+def _channels_second(x):
+    """`[H, B, L, D]` → `[H, D, B, L]`."""
+    return jnp.moveaxis(jax.lax.optimization_barrier(x), 3, 1)

@@ -126,7 +126,7 @@ class RWaveBias(nn.Module):
 
     @nn.compact
     def __call__(self, length):
-        """Returns `[H, length, length]`: the bias between query i and key j depends on i − j alone.
+        """Returns `[H, length, length]`, keys by queries: the bias depends on query − key alone.
 
         Farther apart than the window is wide it means nothing.
         """
@@ -134,7 +134,7 @@ class RWaveBias(nn.Module):
         beside = length - self.window
         # Rows of 2·length values laid end to end and cut one shorter move on by one from row to row. To look the values
         # up would be plainer, but takes a hundred times as long to differentiate.
-        row = jnp.pad(table[::-1].T, [(0, 0), (beside, beside + 1)])
+        row = jnp.pad(table.T, [(0, 0), (beside, beside + 1)])
         rows = jnp.tile(row, (1, length))[:, : length * (2 * length - 1)]
         return rows.reshape(self.num_heads, length, 2 * length - 1)[:, :, length - 1 :]
 
@@ -151,21 +151,20 @@ class Attention(nn.Module):
         if gpu_kernels.usable(length, *window) and (start is None or 0 <= start <= length - max(window, default=0)):
             kernel, offset = (jnp.concatenate(pair, -1) for pair in zip(query, key_value, strict=True))
             features = mix(x, kernel).reshape(3, -1, HEAD_DIM, batch, length)
+            bias = None if bias is None else jnp.swapaxes(bias, 1, 2)
             y = gpu_attention.attend(features, offset.reshape(features.shape[:3]), bias, inside, start)
             y = y.reshape(x.shape)
         else:
-
-            def heads(features):
-                return features.reshape(-1, HEAD_DIM, batch, length).transpose(0, 2, 1, 3)
-
-            query, key_value = (
-                mix(x, kernel) + each_channel(offset.astype(x.dtype)) for kernel, offset in (query, key_value)
+            # The offsets go through the product as one channel more: what it makes needs no other pass.
+            kernel, offset = (
+                jnp.concatenate([of_query * HEAD_DIM**-0.5, others], -1)
+                for of_query, others in zip(query, key_value, strict=True)
             )
-            query = heads(query * HEAD_DIM**-0.5)
-            key, value = jnp.split(key_value, 2)
+            with_one = jnp.pad(x, [(0, 1), (0, 0), (0, 0)], constant_values=1)
+            features = mix(with_one, jnp.concatenate([kernel, offset[None]])).reshape(3, -1, HEAD_DIM, batch, length)
             # Initial values do not depend on it, and to trace it takes a third of the time to draw them.
-            y = query if self.is_initializing() else attend(query, heads(key), heads(value), bias, start, inside)
-            y = y.transpose(0, 2, 1, 3).reshape(x.shape)
+            y = features[0] if self.is_initializing() else attend(*features, bias, start, inside)
+            y = y.reshape(x.shape)
         kernel, offset = Weights(channels, name="out")(channels)
         return mix(y, kernel), offset
 
