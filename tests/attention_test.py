@@ -119,3 +119,17 @@ def test_large_logits_do_not_overflow():
     query = jnp.full((1, 1, 1, 2), 1e3)
     key, value = jnp.array([[[[1.0, -1.0]]]]), jnp.array([[[[5.0, 7.0]]]])
     np.testing.assert_allclose(attend(query, key, value), [[[[5.0, 5.0]]]])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 6])
+def test_any_length_agrees_with_twin(length):
+    features = [array[..., :length] * 9 for array in inputs()[:3]]  # so that one key has nearly all the weight
+    twin = softmax_attention(*features, 0.0)
+    np.testing.assert_allclose(jax.jit(attend)(*features), twin, atol=2e-5)
+
+
+@pytest.mark.parametrize(("bias", "expected"), [(200.0, 7.0), (-200.0, 5.0)])
+def test_large_bias_does_not_overflow(bias, expected):
+    zeros, value = jnp.zeros((1, 1, 1, 2)), jnp.array([[[[5.0, 7.0]]]])
+    for_key_1 = jnp.array([[[0.0, 0.0], [bias, bias]]])
+    np.testing.assert_allclose(attend(zeros, zeros, value, for_key_1, 0), np.full((1, 1, 1, 2), expected))

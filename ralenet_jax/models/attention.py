@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 # On a CPU, memory above the allocator's limit of 32 MB comes anew from the system for every batch, its pages to be
-# cleared first, and maps that fit the cache are read from there. Smaller pieces than this lose by their own cost.
+# cleared first, and maps that fit the cache are read from there. Smaller pieces than this bring nothing more.
 _PIECE_BYTES = 2**23
-_LEAST = -69  # of a logit below the highest: 1e-30 of its weight; numbers too small to be normal ones take longer
-_MOST = np.finfo(np.float32).max
+_MOST_BIAS = 69  # makes a weight 1e30 times as large; sums of such are float32 yet
 _SUMMED_ONE_BY_ONE = 32  # examples, at most: more would be a long program
 
 
@@ -123,7 +122,7 @@ def _forward(query, key, value, bias, inside, low):
     elif bias is not None:
         beside = low, query.shape[3] - low - bias.shape[1], 0
         logits += _kept(jax.lax.pad(bias, 0.0, [(0, 0, 0), beside, beside]))[:, None]
-    weights = jnp.exp(_apart(logits, _LEAST)).astype(value.dtype)
+    weights = jnp.exp(_apart(logits)).astype(value.dtype)
     sums = _product(_examples_first(jnp.concatenate([value, jnp.ones_like(value[:, :1])], 1)), weights)
     scale = 1 / sums[:, :, -1]
     out = (jnp.swapaxes(sums[:, :, :-1], 1, 2) * scale[:, None]).astype(value.dtype)
@@ -147,16 +146,17 @@ def _highest(key, query):
 
 def _kept(bias):
     """The bias as an array of its own: XLA makes what is cheap anew for every logit, but joins arrays only once."""
-    bias = bias.clip(_LEAST, -_LEAST)
+    bias = bias.clip(-_MOST_BIAS, _MOST_BIAS)
     return jnp.concatenate(jax.lax.optimization_barrier((bias[:, :1], bias[:, 1:])), 1)
 
 
-def _apart(x, least=-_MOST):
+def _apart(x):
     """x `[H, B, …]`, behind something that XLA's library for products and sums on a CPU does not take.
 
     It would compute the maps too if it could, and slower.
     """
-    return jax.lax.clamp(np.float32(least), x, _MOST) if _for_cpu(x.shape[1]) else x
+    most = np.finfo(np.float32).max
+    return jax.lax.clamp(-most, x, most) if _for_cpu(x.shape[1]) else x
 
 
 def _product(left, right):
