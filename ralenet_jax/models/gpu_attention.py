@@ -21,7 +21,7 @@ def attend(features, offset, bias, inside, start):
     Args:
         features: `[3, H, D, B, L]`: query, key and value; the query is not scaled yet.
         offset: float32 `[3, H, D]`, to be added to the features.
-        bias: float32 `[H, W, W]`, that of the one window, or `[H, L, L]` with `inside`; None for none.
+        bias: float32 `[H, W, W]`, queries by keys, of the one window, or `[H, L, L]` with `inside`; None for none.
         inside: int32 `[B, L]`, which windows each sample is in, a bit for each; None for one window or none.
         start: first sample of the one window, all of which is inside.
 
