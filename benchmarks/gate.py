@@ -37,9 +37,10 @@ SPELL_S, ASIDE_S = (60, 360), 30  # how long the noise stays, and how long befor
 INVERSE = 0.25  # of the spells are calm ones between noise
 HIDDEN, MEMORY, FOLDS = 16, 16, 5
 NETWORKS = 3  # trained from other beginnings; the mean of their scores counts
-STEPS, BATCH, OF_SPELLS, RATE, DECAY, CUT_NORM = 400, 40, 0.25, 1e-2, 4e-4, 20.0
+STEPS, BATCH, OF_SPELLS, RATE, DECAY, CUT_NORM = 400, 40, 0.15, 1e-2, 4e-4, 20.0
 WEAK_DB, WEAK = 13.5, 0.3  # fainter noise counts less
 WANDER_DB, WANDER = -3, 3  # stronger wander that stays more
+MUSCLE_DB, MUSCLE = 9, 2.5  # stronger muscle noise that stays, too
 LARGE = 5.0  # dB that an error as strong as the signal counts besides: a burst let through is much in a long recording
 SOFT = 0.05  # of the parts is never quite shut in training: what is shut would learn nothing
 TINY = 1e-9
@@ -216,7 +217,8 @@ def train(cases, chosen, clean_weight):
     state, steps = jax.vmap(optimizer.init)(networks), jax.jit(jax.vmap(step))
     clean, ratio_db, spell = cases["clean"], cases["ratio_db"][:, None], cases["spell"][:, None] > 0
     weight = np.where(~clean & (ratio_db > WEAK_DB), WEAK, 1.0)
-    weight *= np.where((cases["kind"][:, None] == "bw") & (ratio_db < WANDER_DB) & ~spell, WANDER, 1.0)
+    for kind, below_db, more in (("bw", WANDER_DB, WANDER), ("ma", MUSCLE_DB, MUSCLE)):
+        weight *= np.where((cases["kind"][:, None] == kind) & (ratio_db < below_db) & ~spell, more, 1.0)
     randoms = [np.random.default_rng(seed) for seed in range(NETWORKS)]
     shares = [(chosen & ~spell[:, 0], round(BATCH * (1 - OF_SPELLS))), (chosen & spell[:, 0], round(BATCH * OF_SPELLS))]
     for _ in range(STEPS):
