@@ -2,12 +2,13 @@
 
     python benchmarks/gate.py PHYSIONET --out DIR
 
-runs the model, all open, over ten minutes from anywhere in 22 records of DS1, with noise of every kind at −7.5 to
-24 dB and without, and keeps what the gate goes by and what each part would do. Half of the recordings have, in place of
-what the model would remove from them, that of another of the same fifth, stronger or fainter: 22 people's heartbeats
-and drifts, but more pairs of them. Then it looks for the network with which the SNR is highest, in dB, and clean
-recordings lose least: five times without a fifth of the records, which then tell what comes of it, and once with all.
-Writes gate.safetensors and, as JSON, what came of it. A second call goes on where the first stopped.
+runs the model, all open, over ten minutes from six places in 22 records of DS1, without noise and with noise of every
+kind at −7.5 to 24 dB, and keeps what the gate goes by and what each part would do. Half of the recordings have, in
+place of what the model would remove from them, that of another of the same fifth, stronger or fainter: 22 people's
+heartbeats and drifts, but more pairs of them. Besides, each noisy recording is put together with the clean one of its
+place, so that the noise comes and goes. Then it looks for the network with which the SNR is highest, in dB, and
+clean stretches lose least: five times without a fifth of the records, which then tell what comes of it, and once with
+all. Writes gate.safetensors and, as JSON, what came of it. A second call goes on where the first stopped.
 """
 
 import argparse
@@ -20,23 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import safetensors.numpy
+import scipy.linalg
 import whole_recordings
 
 from ralenet_jax import checkpoint, denoise, gate, heartbeats, provenance, startup, streaming
 
 # Without 202, which is of the same person as 201.
 DS1 = "101 106 108 109 112 114 115 116 118 119 122 124 201 203 205 207 208 209 215 220 223 230".split()
-KINDS = ("bw", "ma", "em", "emb", "bw")  # wander is the hardest to tell
-SETS = {"cases": (30, KINDS), "muscle": (14, ("ma",))}  # of each record; the second without clean ones
+PLACES = 6  # of each record, the first two at its beginning; every other one has another's drift and rest
+KINDS = ("none", "bw", "bw", "ma", "ma", "em", "emb")  # at each place
 MINUTES, ENDS_S = 10, (10, 120)  # of each case; of stretches, each of which counts as much as another
-CLEAN, STRONG = 0.2, 0.8  # of the cases have no noise; of the others have 13.5 dB at most
-BEGINNING = 0.2  # of the cases begin where the record does
-LENT, LENT_DB = 0.5, 4.0  # of the cases have another's drift and rest, and how much stronger or fainter
-HIDDEN, FOLDS = 16, 5
+STRONG = 0.8  # of the noisy cases have 13.5 dB at most
+LENT_DB = 4.0  # how much stronger or fainter another's drift and rest are
+SPELL_S, ASIDE_S = (60, 360), 30  # how long the noise stays, and how long before and after
+INVERSE = 0.25  # of the spells are calm ones between noise
+HIDDEN, MEMORY, FOLDS = 16, 16, 5
 NETWORKS = 3  # trained from other beginnings; the mean of their scores counts
-STEPS, BATCH, RATE, DECAY = 600, 48, 1e-2, 4e-4
-WEAK_DB, WEAK = 13.5, 0.3  # cases of fainter noise count less
-WANDER_DB, WANDER = -3, 3  # of stronger wander more
+STEPS, BATCH, OF_SPELLS, RATE, DECAY, CUT_NORM = 400, 40, 0.15, 1e-2, 4e-4, 20.0
+WEAK_DB, WEAK = 13.5, 0.3  # fainter noise counts less
+WANDER_DB, WANDER = -3, 3  # stronger wander that stays more
+MUSCLE_DB, MUSCLE = 9, 2.5  # stronger muscle noise that stays, too
 LARGE = 5.0  # dB that an error as strong as the signal counts besides: a burst let through is much in a long recording
 SOFT = 0.05  # of the parts is never quite shut in training: what is shut would learn nothing
 TINY = 1e-9
@@ -50,7 +54,7 @@ class Observer:
 
     def __call__(self, beats, drift, rest, at_peaks):
         """As `gate.Gate`."""
-        self.seen.append((self.gate.features(beats, drift, rest), drift, rest))
+        self.seen.append((*self.gate.measure(beats, drift, rest), drift, rest))
         return drift + rest, np.ones((len(beats), 1, beats.shape[2]), np.float32)
 
 
@@ -61,17 +65,19 @@ def windows_of(signal, grid, denoiser):
 
 
 def observe(denoiser, clean, noisy, rate):
-    """Features `[W, C, FEATURES]`, and inner products `[W, C, 4, 4]` of noise, removed drift, removed rest, clean."""
+    """What `Gate.features` takes, and inner products `[W, C, 4, 4]` of noise, removed drift, removed rest, clean."""
     grid = streaming.build_grid(rate, denoiser._window)
     observer = Observer(grid)
     denoiser._build_gate = lambda grid: observer
     denoiser(noisy, rate)
-    features, drift, rest = map(np.concatenate, zip(*observer.seen, strict=True))
-    signals = [windows_of(noisy - clean, grid, denoiser), drift, rest, windows_of(clean, grid, denoiser)]
+    powers, slow, drift, rest = zip(*observer.seen, strict=True)
+    removed = [np.concatenate(part) for part in (drift, rest)]
+    signals = [windows_of(noisy - clean, grid, denoiser), *removed, windows_of(clean, grid, denoiser)]
     # A sample is made of one window, but where two are faded.
     middle = slice(-(grid.used - grid.fade // 2), -(grid.fade // 2))
     signals = np.stack([signal[:, middle] for signal in signals])
-    return features.astype(np.float32), np.einsum("iwlc,jwlc->wcij", signals, signals), grid.hop / streaming.RATE
+    products = np.moveaxis(signals, (1, 3, 0, 2), (0, 1, 2, 3)) @ np.moveaxis(signals, (1, 3, 0, 2), (0, 1, 3, 2))
+    return np.concatenate(powers, 1), np.concatenate(slow), products.astype(np.float32)
 
 
 def read_parts(options, record, denoiser):
@@ -93,131 +99,197 @@ def lend(random, beats, lender_beats, removed):
     return gain * np.resize(np.roll(removed, random.integers(len(removed)), 0), beats.shape)
 
 
-def draw_cases(random, count, kinds):
-    """Kinds and ratios in dB; clean ones among all kinds alone."""
-    clean = CLEAN * count if kinds == KINDS else 0
-    kinds = ["none" if n < clean else kinds[n % len(kinds)] for n in range(count)]
-    strong = random.random(count) < STRONG
-    around = random.choice([-6, 0, 6, 12], count) + random.uniform(-1.5, 1.5, count)
-    return kinds, np.where(strong, around, random.uniform(12, 24, count))
-
-
-def read_cases(options, record, denoiser, noise, name):
-    """What is known of a record under a set of conditions, from the file where it was kept or measured now."""
-    path = Path(options.out) / f"{name}_{record}.npz"
+def read_steady(options, record, denoiser, noise):
+    """What was observed in a record's cases, from the file where it was kept or now: `[cases, …]` each."""
+    path = Path(options.out) / f"cases_{record}.npz"
     if path.exists():
         with np.load(path) as kept:
             return dict(kept)
-    count, drawn = SETS[name]
-    random = np.random.default_rng([int(record), list(SETS).index(name)])
+    random = np.random.default_rng([int(record), 11])
     beats, own, rate = read_parts(options, record, denoiser)
-    length, rows, lent = int(MINUTES * 60 * rate), [], random.random(count) < LENT
+    length, rows = int(MINUTES * 60 * rate), []
     fold = options.records.index(record) % FOLDS
-    kinds, ratios = draw_cases(random, count, drawn)
-    for kind, ratio_db, of_another in zip(kinds, ratios, lent, strict=True):
-        rolled = np.roll(noise, random.integers(noise.shape[1]), 1)
-        removed = own
-        if of_another:
+    for place in range(PLACES):
+        lent, removed = bool(place % 2), own
+        if lent:
             lender_beats, removed, _ = read_parts(options, random.choice(options.records[fold::FOLDS]), denoiser)
             removed = lend(random, beats, lender_beats, removed)
         leads = (beats + removed).astype(np.float32)
-        clean, noisy = heartbeats.add_noise(leads, rolled, kind, ratio_db)
-        start = random.integers(len(clean) - length) * (random.random() > BEGINNING)
-        cut = slice(start, start + length)
-        clean, noisy = (x[cut].astype(np.float64) - np.median(x[cut], 0) for x in (clean, noisy))
-        features, products, hop_s = observe(denoiser, clean, noisy, rate)
-        rows.append((features, products))
-    features, products = map(np.stack, zip(*rows, strict=True))
-    found = {
-        "features": features,
-        "products": products,
-        "kind": np.array(kinds),
-        "ratio_db": ratios,
-        "lent": lent,
-        "hop_s": hop_s,
-    }
+        start = 0 if place < 2 else random.integers(len(leads) - length)
+        for kind in KINDS:
+            strong = random.random() < STRONG
+            ratio_db = random.choice([-6, 0, 6, 12]) + random.uniform(-1.5, 1.5) if strong else random.uniform(12, 24)
+            rolled = np.roll(noise, random.integers(noise.shape[1]), 1)
+            clean, noisy = heartbeats.add_noise(leads, rolled, kind, ratio_db)
+            cut = slice(start, start + length)
+            clean, noisy = (x[cut].astype(np.float64) - np.median(x[cut], 0) for x in (clean, noisy))
+            rows.append((*observe(denoiser, clean, noisy, rate), kind, ratio_db, lent, place))
+    names = ("powers", "slow", "products", "kind", "ratio_db", "lent", "place")
+    found = {name: np.stack(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
     part = path.with_suffix(".part.npz")
     np.savez(part, **found)
     part.rename(path)
-    print(f"{record}: {count} {name}", file=sys.stderr, flush=True)
+    print(f"{record}: {len(rows)} cases", file=sys.stderr, flush=True)
     return found
 
 
-def stretches(per_window, ends):
-    """Sums `[…, W, C]` over leads and the windows of each stretch: `[…, 3]`."""
-    return jnp.stack([part.sum((-2, -1)) for part in jnp.split(per_window, ends, -2)], -1)
+def add_spells(record, steady):
+    """The cases of a record, steady ones first, then one more of each noisy one, whose noise comes and goes.
+
+    Returns:
+        features `[N, W, C, FEATURES]`, products, kind, ratio_db and lent as observed, stretch `[N, W, 3]` (which
+        windows each has), clean `[N, 3]` (which of them are) and spell `[N]`: 0 for none, 1 for noise, 2 for calm.
+    """
+    grid = streaming.build_grid(360, 256)
+    windows, hop_s = steady["slow"].shape[1], grid.hop / streaming.RATE
+    random, rows = np.random.default_rng(int(record) + 5), []
+
+    def add(of, powers, slow, products, ends, clean, spell):
+        stretch = np.digitize(np.arange(windows), ends)[:, None] == np.arange(3)
+        kept = [steady[name][of] for name in ("kind", "ratio_db", "lent")]
+        features = gate.Gate(grid, {}).features(powers, slow).astype(np.float32)
+        rows.append((features, products, *kept, stretch, np.broadcast_to(clean, 3), spell))
+
+    signals = [steady[name] for name in ("powers", "slow", "products")]
+    for n, kind in enumerate(steady["kind"]):
+        add(n, *(x[n] for x in signals), [int(end / hop_s) for end in ENDS_S], kind == "none", 0)
+    for n in np.flatnonzero(steady["kind"] != "none"):
+        calm = np.flatnonzero((steady["place"] == steady["place"][n]) & (steady["kind"] == "none"))[0]
+        aside, length = int(ASIDE_S / hop_s), int(random.uniform(*SPELL_S) / hop_s)
+        start, inverse = random.integers(aside, windows - length - aside), random.random() < INVERSE
+        inside = (np.arange(windows) >= start) & (np.arange(windows) < start + length)
+        noisy = (inside ^ inverse)[:, None]
+        powers, slow, products = (
+            np.where(np.expand_dims(noisy, axes), x[n], x[calm])
+            for x, axes in zip(signals, ((), 2, (2, 3)), strict=True)
+        )
+        clean = np.array([True, False, True]) ^ inverse
+        add(n, powers, slow, products, [start, start + length], clean, 1 + inverse)
+    names = ("features", "products", "kind", "ratio_db", "lent", "stretch", "clean", "spell")
+    return {name: np.stack(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
 
 
-def errors(network, features, products, ends, soft=0.0):
-    """Power of the error over the clean signal's in each stretch, `[…, 3]`."""
-    part = gate.parts(features, network, jnp.tanh)
+def scores(network, features):
+    """Those of all windows of cases `[N, W, C, FEATURES]`."""
+    given = jnp.moveaxis(gate.affine(features, network["input"]), 1, 0)
+
+    def step(state, given):
+        state = gate.remember(state, given, network["recurrent"], jnp.tanh)
+        return state, state
+
+    states = jax.lax.scan(step, jnp.zeros((*given.shape[1:3], len(network["recurrent"]))), given)[1]
+    return gate.momentary(features, network, jnp.tanh) + jnp.moveaxis(states, 0, 1) @ network["output"]
+
+
+def errors(network, features, products, stretch, soft=0.0):
+    """Power of the error over the clean signal's in each stretch, `[N, 3]`."""
+    given = scores(network, features)
+    part = gate.part(given, jnp.tanh)
     if soft:
-        part = (1 - soft) * part + soft * gate.parts(features, network, jnp.tanh, shut=0)
+        part = (1 - soft) * part + soft * gate.part(given, jnp.tanh, shut=0)
     signs = jnp.stack([jnp.ones_like(part[..., 0]), -part[..., 0], -part[..., 1]], -1)
-    error = jnp.einsum("...i,...j,...ij->...", signs, signs, products[..., :3, :3])
-    return stretches(error, ends) / stretches(products[..., 3, 3], ends)
+    error = jnp.einsum("nwci,nwcj,nwcij->nw", signs, signs, products[..., :3, :3])
+    return over_stretches(error, products, stretch)
 
 
-def train(cases, chosen, ends, clean_weight):
+def over_stretches(power, products, stretch):
+    """Power `[N, W]` over the clean signal's in each stretch."""
+    return (power[..., None] * stretch).sum(1) / (products[..., 3, 3].sum(2)[..., None] * stretch).sum(1)
+
+
+def train(cases, chosen, clean_weight):
     """The networks that make the loss least over the chosen cases, as one."""
-    found = [train_one(cases, chosen, ends, clean_weight, seed) for seed in range(NETWORKS)]
-    hidden, out, direct = ([network[name] for network in found] for name in ("hidden", "out", "direct"))
-    joined = {"hidden": np.concatenate(hidden, 1), "out": np.concatenate(out) / NETWORKS, "direct": np.mean(direct, 0)}
-    return {name: value.astype(np.float32) for name, value in joined.items()}
+    features, deviation = cases["features"], cases["features"][chosen].std((0, 1, 2)) + 1e-3
+    mean = features[chosen].mean((0, 1, 2))
+    optimizer = optax.chain(optax.clip_by_global_norm(CUT_NORM), optax.adam(optax.cosine_decay_schedule(RATE, STEPS)))
 
-
-def train_one(cases, chosen, ends, clean_weight, seed):
-    """One network of `train`."""
-    features = cases["features"]
-    mean, deviation = features[chosen].mean((0, 1, 2)), features[chosen].std((0, 1, 2)) + 1e-3
-    keys = jax.random.split(jax.random.key(seed), 2)
-    count = gate.FEATURES
-    network = {
-        "hidden": jnp.pad(jax.random.normal(keys[0], (count, HIDDEN)) * count**-0.5, ((0, 1), (0, 0))),
-        "out": jax.random.normal(keys[1], (HIDDEN, 2)) * HIDDEN**-0.5,
-        "direct": jnp.zeros((count + 1, 2)),
-    }
-    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
-
-    def loss(network, features, products, clean, weight):
-        error = errors(network, (features - mean) / deviation, products, ends, SOFT)
+    def loss(network, features, products, stretch, clean, weight):
+        error = errors(network, features, products, stretch, SOFT)
         noisy_cost = 10 * jnp.log10(error + 1e-3) + LARGE * jnp.sqrt(error + 1e-6)
-        cost = jnp.where(clean[:, None], clean_weight * 100 * jnp.sqrt(error + 1e-6), noisy_cost)
-        return jnp.mean(cost * weight[:, None]) + DECAY * sum(jnp.sum(x**2) for x in jax.tree.leaves(network))
+        cost = jnp.where(clean, clean_weight * 100 * jnp.sqrt(error + 1e-6), noisy_cost)
+        return jnp.mean(cost * weight) + DECAY * sum(jnp.sum(x**2) for x in jax.tree.leaves(network))
 
-    @jax.jit
     def step(network, state, *batch):
         updates, state = optimizer.update(jax.grad(loss)(network, *batch), state)
         return optax.apply_updates(network, updates), state
 
-    clean, ratio_db = cases["kind"] == "none", cases["ratio_db"]
+    networks = jax.vmap(initial)(jax.random.split(jax.random.key(0), NETWORKS))
+    state, steps = jax.vmap(optimizer.init)(networks), jax.jit(jax.vmap(step))
+    clean, ratio_db, spell = cases["clean"], cases["ratio_db"][:, None], cases["spell"][:, None] > 0
     weight = np.where(~clean & (ratio_db > WEAK_DB), WEAK, 1.0)
-    weight[(cases["kind"] == "bw") & (ratio_db < WANDER_DB)] = WANDER
-    random, places, state = np.random.default_rng(seed), np.flatnonzero(chosen), optimizer.init(network)
+    for kind, below_db, more in (("bw", WANDER_DB, WANDER), ("ma", MUSCLE_DB, MUSCLE)):
+        weight *= np.where((cases["kind"][:, None] == kind) & (ratio_db < below_db) & ~spell, more, 1.0)
+    randoms = [np.random.default_rng(seed) for seed in range(NETWORKS)]
+    shares = [(chosen & ~spell[:, 0], round(BATCH * (1 - OF_SPELLS))), (chosen & spell[:, 0], round(BATCH * OF_SPELLS))]
     for _ in range(STEPS):
-        batch = random.choice(places, BATCH, replace=False)
-        given = (features[batch], cases["products"][batch], clean[batch], weight[batch])
-        network, state = step(network, state, *given)
-    # The features' scale goes into the first weights.
-    found = {name: np.asarray(value) for name, value in network.items()}
-    for name in ("hidden", "direct"):
-        weights = found[name][:-1] / deviation[:, None]
-        found[name] = np.concatenate([weights, found[name][-1:] - mean @ weights])
-    return found
+        drawn = [[random.choice(np.flatnonzero(of), n, replace=False) for of, n in shares] for random in randoms]
+        batch = np.stack([np.concatenate(one) for one in drawn])
+        others = [x[batch] for x in (cases["products"], cases["stretch"], clean, weight)]
+        networks, state = steps(networks, state, (features[batch] - mean) / deviation, *others)
+    return joined({name: np.asarray(value) for name, value in networks.items()}, mean, deviation)
 
 
-def table(cases, error, ends):
+def initial(key):
+    """A network that knows nothing yet, and keeps what it sees for some windows."""
+    count, keys = gate.FEATURES, jax.random.split(key, 5)
+    normal = lambda key, *shape: jax.random.normal(key, shape) * shape[0] ** -0.5  # noqa: E731
+    with_offsets = lambda weights: jnp.pad(weights, ((0, 1), (0, 0)))  # noqa: E731
+    return {
+        "hidden": with_offsets(normal(keys[0], count, HIDDEN)),
+        "out": normal(keys[1], HIDDEN, 2),
+        "direct": jnp.zeros((count + 1, 2)),
+        "input": with_offsets(normal(keys[2], count, 3 * MEMORY)).at[-1, :MEMORY].set(3.0),
+        "recurrent": normal(keys[3], MEMORY, 3 * MEMORY) / 2,
+        "output": normal(keys[4], MEMORY, 2) * 0.3,
+    }
+
+
+def joined(networks, mean, deviation):
+    """Networks `[NETWORKS, …]` for features of this mean and deviation → one with the mean of their scores."""
+    for name in ("hidden", "direct", "input"):
+        weights = networks[name][:, :-1] / deviation[:, None]
+        networks[name] = np.concatenate([weights, networks[name][:, -1:] - mean @ weights[:, None]], 1)
+
+    def beside(name, parts):
+        """Their columns, part by part."""
+        return np.concatenate([np.concatenate(part, -1) for part in np.split(networks[name], parts, -1)], -1)
+
+    recurrent = [scipy.linalg.block_diag(*part) for part in np.split(networks["recurrent"], 3, -1)]
+    found = {
+        "hidden": beside("hidden", 1),
+        "out": np.concatenate(networks["out"]) / NETWORKS,
+        "direct": networks["direct"].mean(0),
+        "input": beside("input", 3),
+        "recurrent": np.concatenate(recurrent, -1),
+        "output": np.concatenate(networks["output"]) / NETWORKS,
+    }
+    return {name: value.astype(np.float32) for name, value in found.items()}
+
+
+def table(cases, error):
     """{cell: mean SNR improvement in dB, or PRD in percent, in each stretch}, of recordings with their own drift."""
-    own, products = ~cases["lent"], cases["products"]
+    own, products, ratio_db = ~cases["lent"], cases["products"], cases["ratio_db"]
+    before = over_stretches(products[..., 0, 0].sum(2), products, cases["stretch"])
+    gain, prd = 10 * np.log10((before + TINY) / (error + TINY)), 100 * np.sqrt(np.maximum(error, 0))
     clean = own & (cases["kind"] == "none")
-    before = np.asarray(stretches(products[..., 0, 0], ends) / stretches(products[..., 3, 3], ends))
-    gain, prd = 10 * np.log10((before + TINY) / (error + TINY)), 100 * np.sqrt(np.maximum(error[clean], 0))
-    cells = {"clean: PRD": prd.mean(0), "clean: median PRD": np.median(prd, 0)}
-    for kind in sorted(set(KINDS)):
-        for ratio_db in (-6, 0, 6, 12):
-            there = own & (cases["kind"] == kind) & (np.abs(cases["ratio_db"] - ratio_db) < 2)
-            cells[f"{kind}@{ratio_db}"] = gain[there].mean(0)
+    cells = {"clean: PRD": prd[clean].mean(0), "clean: median PRD": np.median(prd[clean], 0)}
+    for kind in sorted(set(KINDS) - {"none"}):
+        for around in (-6, 0, 6, 12):
+            there = own & (cases["kind"] == kind) & (np.abs(ratio_db - around) < 2) & (cases["spell"] == 0)
+            cells[f"{kind}@{around}"] = gain[there].mean(0)
+    for name, spell in (("noise that comes and goes", 1), ("calm that comes and goes", 2)):
+        there = own & (cases["spell"] == spell) & (ratio_db < WEAK_DB)
+        cells[f"{name}: dB, or PRD"] = np.where(cases["clean"][there], prd[there], gain[there]).mean(0)
+        cells[f"{name}: median"] = np.median(np.where(cases["clean"][there], prd[there], gain[there]), 0)
     return {name: np.round(np.asarray(values, np.float64), 2).tolist() for name, values in cells.items()}
+
+
+def errors_of(network, cases, chosen):
+    """`errors` of the chosen cases, a few at a time."""
+    apply = jax.jit(errors)
+    places = np.array_split(np.flatnonzero(chosen), max(chosen.sum() // BATCH, 1))
+    given = [[cases[name][some] for name in ("features", "products", "stretch")] for some in places]
+    return np.concatenate([np.asarray(apply(network, *some)) for some in given])
 
 
 def main():
@@ -233,28 +305,26 @@ def main():
     Path(options.out).mkdir(parents=True, exist_ok=True)
     denoiser = whole_recordings.denoiser_of(options.model)
     noise = whole_recordings.read_noise(options.physionet, second_half=False)
-    found = [read_cases(options, record, denoiser, noise, name) for name in SETS for record in options.records]
-    record = np.repeat(options.records * len(SETS), [len(one["kind"]) for one in found])
-    ends = [int(end / found[0]["hop_s"]) for end in ENDS_S]
-    names = ("features", "products", "kind", "ratio_db", "lent")
-    cases = {name: np.concatenate([one[name] for one in found]) for name in names}
+    found = [add_spells(record, read_steady(options, record, denoiser, noise)) for record in options.records]
+    record = np.repeat(options.records, [len(one["kind"]) for one in found])
+    cases = {name: np.concatenate([one.pop(name) for one in found]) for name in list(found[0])}
 
-    network = train(cases, np.ones(len(record), bool), ends, options.clean)
+    everything = np.ones(len(record), bool)
+    network = train(cases, everything, options.clean)
     safetensors.numpy.save_file(network, Path(options.out) / "gate.safetensors")
-    error = np.zeros((len(record), 1 + len(ENDS_S)))
+    error = np.zeros((len(record), 3))
     for fold in range(FOLDS):
         held = np.isin(record, options.records[fold::FOLDS])
-        network = train(cases, ~held, ends, options.clean)
-        error[held] = errors(network, cases["features"][held], cases["products"][held], ends)
+        error[held] = errors_of(train(cases, ~held, options.clean), cases, held)
         print(f"fold {fold + 1} of {FOLDS}", file=sys.stderr, flush=True)
-    whole = {"hidden": np.zeros((gate.FEATURES + 1, 1)), "out": np.zeros((1, 2))}
-    whole["direct"] = np.pad(np.full((1, 2), 99.0), ((gate.FEATURES, 0), (0, 0)))
+    whole = {name: np.zeros_like(values) for name, values in network.items()}
+    whole["direct"][-1] = 99.0
     result = {
         "clean": options.clean,
         "cases": len(record),
         "stretches_end_at_s": [*ENDS_S, 60 * MINUTES],
-        "records left out of training": table(cases, error, ends),
-        "all open": table(cases, np.asarray(errors(whole, cases["features"], cases["products"], ends)), ends),
+        "records left out of training": table(cases, error),
+        "all open": table(cases, errors_of(whole, cases, everything)),
     }
     checkpoint.write_json(Path(options.out) / "gate.json", result | {"made_by": provenance.software(1)})
     print(json.dumps(result, indent=1))

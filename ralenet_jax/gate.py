@@ -2,8 +2,9 @@
 
 What would be removed is slow drift and the rest; of each a part goes. A recording's own drift cannot be told from added
 wander in one window, but in a minute it can: it comes in bursts and goes on below 0.06 Hz, the wander of electrodes is
-steady and does not; and where the rest is noisy, drift is likely noise too. So a small network looks at powers over
-the last 2.5, 10 and 60 seconds. `benchmarks/gate.py` trains it on DS1, and `weights/gate.safetensors` holds it.
+steady and does not; where the rest is noisy, drift is likely noise too; and what changes of a sudden is no lead's own.
+So a small recurrent network looks at powers now and over the last 2.5, 10 and 60 seconds. `benchmarks/gate.py` trains
+it on DS1, and `weights/gate.safetensors` holds it.
 
 At R peaks less of the rest goes, and none in faint noise: the model makes R waves lower. What is fast there is judged
 by itself: muscle noise is fast, and so are QRS complexes; electrodes' noise is not.
@@ -23,7 +24,7 @@ SECONDS = (2.5, 10.0, 60.0)  # what is longer ago counts less than 1/e
 BLOCKS = 6  # means in a hop: what the bands are taken from
 _EDGES_HZ = (0.05, 0.1, 0.2, 0.4, 0.8, 2.0)  # of bands of what would be removed; the first band lies below
 _SIGNALS = 3 + len(_EDGES_HZ)  # heartbeats, drift, rest, and the bands
-FEATURES = (2 * len(SECONDS)) * (_SIGNALS - 1) + _SIGNALS + 1
+FEATURES = 2 * (len(SECONDS) + 1) * (_SIGNALS - 1) + _SIGNALS + 2
 _REST_10_S = (_SIGNALS - 1) * SECONDS.index(10.0) + 1  # among the features
 _LEAST_DB = -50.0  # of the heartbeats' power: fainter noise than that makes no difference
 _RANGE_DB = (-20.0, 40.0)  # ratios beyond count as its ends: few such were trained on
@@ -96,6 +97,7 @@ class Gate:
         self._steady = _Mean(np.exp(-hop_s / SECONDS[-1]))
         self._ten_s = _Mean(np.exp(-hop_s / 10))
         self._hop_s, self._seen = hop_s, 0
+        self._state: np.ndarray | None = None
 
     def __call__(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray, at_peaks: np.ndarray):
         """What is to go from the next windows.
@@ -107,8 +109,9 @@ class Gate:
         Returns:
             What goes, `[W, L, C]`; and the part of the rest that goes beside R peaks, `[W, 1, C]`, 0 to 1.
         """
-        features = self.features(beats, drift, rest)
-        of_drift, of_rest = np.moveaxis(parts(features, self._network), -1, 0)[:, :, None].astype(np.float32)
+        features = self.features(*self.measure(beats, drift, rest))
+        scores, self._state = score(features, self._network, self._state)
+        of_drift, of_rest = np.moveaxis(part(scores), -1, 0)[:, :, None].astype(np.float32)
         slow = ndimage.convolve1d(rest, _SLOW, axis=1, mode="nearest")
         fast = rest - slow
         over_fast = self._over_fast(beats, fast)
@@ -123,14 +126,25 @@ class Gate:
         strong, weak = np.split(self._ten_s(powers), 2, 1)
         return _decibels(strong) - _decibels(weak)
 
-    def features(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> np.ndarray:
-        """What the gate goes by, after each of the next windows `[W, L, C]`: `[W, C, FEATURES]`.
+    def measure(self, beats: np.ndarray, drift: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of windows `[W, L, C]` what `features` takes.
 
-        Heartbeats over drift, rest and bands in each run of seconds, in tens of dB; the same as a mean over all leads;
-        how bursty each of them and the heartbeats are; how much has been seen, of a minute.
+        Returns:
+            Powers of the three, of heartbeats and rest about their means, `[3, W, C]`; and means of what would be
+            removed over the parts of each hop, `[W, BLOCKS, C]`; both float64.
         """
+        powers = _variance(beats), _mean(np.square(drift, dtype=np.float64)), _variance(rest)
         slow = np.add.reduceat((drift + rest)[:, self._new].astype(np.float64), self._starts, 1) / self._lengths
-        power = np.concatenate([_powers(beats, drift, rest), self._bands(slow)])
+        return np.stack(powers), slow
+
+    def features(self, powers: np.ndarray, slow: np.ndarray) -> np.ndarray:
+        """What the gate goes by, after each of the next windows: `[W, C, FEATURES]`.
+
+        Heartbeats over drift, rest and bands in each run of seconds and now, in tens of dB; the same as a mean over all
+        leads; how bursty each of them and the heartbeats are; the heartbeats of a minute over those of now; how much
+        has been seen, of a minute.
+        """
+        power = np.concatenate([powers, self._bands(slow)])
         count, leads = power.shape[1:]
 
         def averaged(mean, values):
@@ -139,40 +153,80 @@ class Gate:
 
         means = [averaged(mean, power) for mean in self._means]
         faintest = means[-1][0] * 10 ** (_LEAST_DB / 10)
-        steady = averaged(self._steady, _decibels(np.maximum(power, faintest)))
-        strengths = [_decibels(np.maximum(mean, faintest)) for mean in means]
-        ratios = np.concatenate([strength[:1] - strength[1:] for strength in strengths]).clip(*_RANGE_DB)
+        now, *strengths = [_decibels(np.maximum(mean, faintest)) for mean in [power, *means]]
+        steady = averaged(self._steady, now)
+        now = (strengths[-1][:1] - now).clip(*_RANGE_DB)
+        runs = [(strength[:1] - strength[1:]).clip(*_RANGE_DB) for strength in strengths]
+        ratios = np.concatenate([*runs, now[1:]])
         bursts = (strengths[-1] - steady).clip(*_RANGE_DB)
         there = means[-1][0] > _SILENT * means[-1][0].max(1, keepdims=True)
         of_all = (ratios * there).sum(2, keepdims=True) / np.maximum(there.sum(1), 1)[:, None]
         seen = np.minimum((self._seen + np.arange(count)) * self._hop_s / SECONDS[-1], 1.0)
         self._seen += count
         same = np.ones_like(ratios[:1])
-        found = [ratios / 10, of_all / 10 * same, bursts / 10, seen[:, None] * same]
+        found = [ratios / 10, of_all / 10 * same, bursts / 10, now[:1] / 10, seen[:, None] * same]
         return np.concatenate(found).transpose(1, 2, 0)
 
 
 @functools.cache
 def load_network() -> dict[str, np.ndarray]:
-    """The trained network: "hidden" `[FEATURES + 1, H]`, "out" `[H, 2]` and "direct" `[FEATURES + 1, 2]`."""
+    """The trained network.
+
+    Without memory "hidden" `[FEATURES + 1, H]`, "out" `[H, 2]` and "direct" `[FEATURES + 1, 2]`; and of the gated
+    recurrent unit "input" `[FEATURES + 1, 3·Z]`, "recurrent" `[Z, 3·Z]` and "output" `[Z, 2]`.
+    """
     weights = importlib.resources.files("ralenet_jax") / "weights" / "gate.safetensors"
     return safetensors.numpy.load(weights.read_bytes())
 
 
-def parts(features, network: dict, tanh=np.tanh, shut=_SHUT):
-    """The parts that are to go, 0 to 1, `[…, 2]`, by features `[…, FEATURES]`: one hidden layer, and a way around it.
+def score(features: np.ndarray, network: dict, state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Scores for drift and rest, `[W, C, 2]`, by features of the next windows `[W, C, FEATURES]`.
+
+    Args:
+        state: of the memory before them, `[C, Z]`; None at the beginning.
+
+    Returns:
+        The scores, and the state after them.
+    """
+    size, given = len(network["recurrent"]), affine(features, network["input"])
+    states = np.empty((*features.shape[:2], size))
+    state = np.zeros(size) if state is None else state
+    for window, of_window in enumerate(given):
+        states[window] = state = remember(state, of_window, network["recurrent"])
+    return momentary(features, network) + states @ network["output"], state
+
+
+def momentary(features, network: dict, tanh=np.tanh):
+    """The part of the scores `[…, 2]` without a memory: one hidden layer, and a way around it."""
+    inner = tanh(affine(features, network["hidden"]))
+    return inner @ network["out"] + affine(features, network["direct"])
+
+
+def affine(features, weights):
+    """Features `[…, F]` times weights `[F + 1, n]`, of which the last are offsets."""
+    return features @ weights[:-1] + weights[-1]
+
+
+def remember(state, given, recurrent, tanh=np.tanh):
+    """The next state `[…, Z]` of a gated recurrent unit (Cho et al. 2014), given `[…, 3·Z]`: keep, reset and new."""
+    keep, reset, new = split(given)
+    of_keep, of_reset, of_new = split(state @ recurrent)
+    keep, reset = ((1 + tanh(x / 2)) / 2 for x in (keep + of_keep, reset + of_reset))
+    return keep * state + (1 - keep) * tanh(new + reset * of_new)
+
+
+def split(x):
+    """`[…, 3·Z]` → three times `[…, Z]`."""
+    third = x.shape[-1] // 3
+    return x[..., :third], x[..., third : 2 * third], x[..., 2 * third :]
+
+
+def part(scores, tanh=np.tanh, shut=_SHUT):
+    """The parts that are to go, 0 to 1, by their scores.
 
     Parts below `shut` are none, parts above 1 less it are all. Arrays are NumPy's, or JAX's with its `tanh`.
     """
-    hidden, direct = network["hidden"], network["direct"]
-    inner = tanh(features @ hidden[:-1] + hidden[-1])
-    score = inner @ network["out"] + features @ direct[:-1] + direct[-1]
-    return (((1 + tanh(score / 2)) / 2 - shut) / (1 - 2 * shut)).clip(0, 1)
-
-
-def _powers(beats, drift, rest) -> np.ndarray:
-    """Powers of windows `[W, L, C]`, of heartbeats and rest about their means: float64 `[3, W, C]`."""
-    return np.stack([_variance(beats), _mean(np.square(drift, dtype=np.float64)), _variance(rest)])
+    return (((1 + tanh(scores / 2)) / 2 - shut) / (1 - 2 * shut)).clip(0, 1)
 
 
 def _variance(windows) -> np.ndarray:

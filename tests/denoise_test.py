@@ -55,6 +55,7 @@ def set_gate(monkeypatch, *scores):
     """Gives the gate a network that always has these scores for drift and rest."""
     count = gate.FEATURES + 1
     network = {"hidden": np.zeros((count, 1)), "out": np.zeros((1, 2)), "direct": np.zeros((count, 2))}
+    network |= {"input": np.zeros((count, 3)), "recurrent": np.zeros((1, 3)), "output": np.zeros((1, 2))}
     network["direct"][-1] = scores
     monkeypatch.setattr(gate, "load_network", lambda: network)
 

@@ -1,5 +1,7 @@
 """The gate, on windows whose powers are known."""
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
@@ -9,11 +11,20 @@ GRID = streaming.build_grid(360, 256)
 HOP_S = GRID.hop / 180
 OTHERS = 8  # drift, rest and six bands
 DRIFT, REST = 0, 1
+RUNS = len(gate.SECONDS) + 1  # and now
+BURSTS = 2 * RUNS * OTHERS
 
 
 def at(seconds, which):
     """The place of heartbeats over one of the others among the features."""
     return OTHERS * gate.SECONDS.index(seconds) + which
+
+
+def empty_network(**given):
+    """One of which only what is given is not 0."""
+    shapes = {"hidden": (gate.FEATURES + 1, 1), "out": (1, 2), "direct": (gate.FEATURES + 1, 2)}
+    shapes |= {"input": (gate.FEATURES + 1, 3), "recurrent": (1, 3), "output": (1, 2)}
+    return {name: np.zeros(shape) for name, shape in shapes.items()} | given
 
 
 def network(drift=None, rest=None):
@@ -23,7 +34,7 @@ def network(drift=None, rest=None):
         direct[-1, column] = -90.0
         if place is not None:
             direct[place, column], direct[-1, column] = -10.0, 6.0
-    return {"hidden": np.zeros((gate.FEATURES + 1, 1)), "out": np.zeros((1, 2)), "direct": direct}
+    return empty_network(direct=direct)
 
 
 def windows(count, beats_db=0.0, drift_db=-90.0, rest_db=-90.0, leads=1):
@@ -38,8 +49,9 @@ def wander(count, hertz):
     return np.sin(2 * np.pi * hertz * time)[:, :, None]
 
 
-def features(*of):
-    return gate.Gate(GRID).features(*of)
+def features(*of, of_gate=None):
+    one = of_gate or gate.Gate(GRID)
+    return one.features(*one.measure(*of))
 
 
 def removed(beats, drift, rest, at_peaks=0.0, **options):
@@ -60,7 +72,7 @@ def test_more_goes_of_what_is_strong_against_the_heartbeats(which, seconds, rati
     np.testing.assert_allclose(of_rest, part if which == REST else 0, atol=1e-6)
 
 
-ALL = {"hidden": np.zeros((gate.FEATURES + 1, 1)), "out": np.zeros((1, 2)), "direct": np.zeros((gate.FEATURES + 1, 2))}
+ALL = empty_network()
 ALL["direct"][-1] = 90.0
 
 
@@ -112,8 +124,10 @@ def test_what_it_goes_by():
     assert found.shape == (100, 1, gate.FEATURES)
     for seconds in gate.SECONDS:
         np.testing.assert_allclose(found[:, 0, [at(seconds, DRIFT), at(seconds, REST)]], [[0.4, 1.3]] * 100, atol=1e-6)
-    bursts = 2 * len(gate.SECONDS) * OTHERS
-    np.testing.assert_allclose(found[:, :, bursts : bursts + 3], 0, atol=1e-6)
+    now = OTHERS * len(gate.SECONDS)
+    np.testing.assert_allclose(found[:, 0, [now + DRIFT, now + REST]], [[0.4, 1.3]] * 100, atol=1e-6)
+    np.testing.assert_allclose(found[:, :, BURSTS : BURSTS + 3], 0, atol=1e-6)
+    np.testing.assert_allclose(found[:, 0, -2], 0, atol=1e-6)  # heartbeats are as ever
     np.testing.assert_allclose(found[:, 0, -1], np.minimum(np.arange(100) * HOP_S / 60, 1), atol=1e-6)
 
 
@@ -132,17 +146,45 @@ def test_bursts_count_less_in_the_long_run_than_what_stays():
     found = features(*many)[-1, 0]
     # A tenth of the windows is 10 dB strong: on the average 0 dB, of the decibels −12.5 dB.
     assert found[at(60.0, DRIFT)] == pytest.approx(-0.01, abs=0.06)
-    assert found[2 * len(gate.SECONDS) * OTHERS + 1] == pytest.approx(1.26, abs=0.09)
+    assert found[BURSTS + 1] == pytest.approx(1.26, abs=0.09)
 
 
 @pytest.mark.parametrize("seconds", gate.SECONDS)
 def test_memory_fades_with_the_seconds(seconds):
     one = gate.Gate(GRID)
-    one.features(*windows(1000, rest_db=-40))
-    found = one.features(*windows(60, rest_db=20))[:, 0, at(seconds, REST)]
+    features(*windows(1000, rest_db=-40), of_gate=one)
+    found = features(*windows(60, rest_db=20), of_gate=one)[:, 0, at(seconds, REST)]
     share = 1 - np.exp(-HOP_S * np.arange(1, 61) / seconds)
     expected = -np.log10(share * 100 + (1 - share) * 1e-4)
     np.testing.assert_allclose(found, expected.clip(-2, 4), atol=1e-4)
+
+
+def test_now_forgets_at_once():
+    one = gate.Gate(GRID)
+    features(*windows(100, rest_db=-30), of_gate=one)
+    found = features(*windows(2, beats_db=-10, rest_db=10), of_gate=one)[:, 0]
+    now = OTHERS * len(gate.SECONDS) + REST
+    # Over the heartbeats of a minute, 0 dB but for what has just changed.
+    np.testing.assert_allclose(found[:, now], -1.0, atol=0.02)
+    np.testing.assert_allclose(found[:, -2], 1.0, atol=0.02)
+
+
+def test_the_memory_is_a_gated_recurrent_unit():
+    cell, random = nn.GRUCell(3), np.random.default_rng(0)
+    given, state = random.standard_normal((20, 2, gate.FEATURES)), random.standard_normal((2, 3))
+    params = jax.device_get(cell.init(jax.random.key(1), state, given[0])["params"])
+    kernels = [[params[f"{side}{name}"]["kernel"] for name in "zrn"] for side in "ih"]
+    offsets = np.concatenate([random.standard_normal(3) for _ in "zrn"])
+    for name, offset in zip("zrn", np.split(offsets, 3), strict=True):
+        params[f"i{name}"]["bias"] = offset
+    one = empty_network(input=np.concatenate([np.concatenate(kernels[0], 1), offsets[None]]))
+    one |= {"recurrent": np.concatenate(kernels[1], 1), "output": random.standard_normal((3, 2))}
+    found, last = gate.score(given, one, state)
+    for window in range(20):
+        state, _ = cell.apply({"params": params}, state, given[window])
+        np.testing.assert_allclose(found[window], state @ one["output"], atol=1e-5)
+    np.testing.assert_allclose(last, state, atol=1e-5)
+    np.testing.assert_array_equal(gate.score(given, one, None)[0], gate.score(given, one, np.zeros((2, 3)))[0])
 
 
 def test_all_leads_that_are_some_are_looked_at_together():
@@ -151,7 +193,7 @@ def test_all_leads_that_are_some_are_looked_at_together():
     for dead in (beats, drift, rest):
         dead[..., 2] = 0
     found = features(beats, drift, rest)
-    of_all = len(gate.SECONDS) * OTHERS + at(10.0, REST)
+    of_all = RUNS * OTHERS + at(10.0, REST)
     np.testing.assert_allclose(found[:, :, of_all], 2.0, atol=1e-6)
     np.testing.assert_allclose(found[:, :2, at(10.0, REST)], [[1.0, 3.0]] * 40, atol=1e-6)
 
