@@ -129,6 +129,7 @@ class _Run:
             batches = (self.train_windows, config.seed, self.batch_size, self.total_steps)
             # One block: it is read while the devices work on the one before.
             self.stream = input_pipeline.BatchStream(*batches, self.block_steps, self.host, self.hosts)
+        self._ahead: tuple[int, Any] = -1, None  # the step of the block read ahead, and what was read
         condition = (config.noise.kind, config.noise.snr_db, config.noise.snr_db_high)
         recordings = steps.replicate(input_pipeline.read_noise(config), self.devices)
         self.train_noise = evaluate.noise_source(config, recordings, "train", *condition)
@@ -160,23 +161,29 @@ class _Run:
         """
         count, arguments = self._train_arguments(step)
         self.state, scalars = self._block(*arguments)
+        if self.stream is None and step + count < self.total_steps:
+            self._ahead = step + count, self._read_block(step + count)  # while the devices compute
         # Fetched before the next dispatch: an unbounded queue over several CPU devices can abort in a collective.
         return {name: values[:count] for name, values in jax.device_get(scalars).items()}
 
     def _train_arguments(self, step: int) -> tuple[int, tuple]:
+        at, read = self._ahead
+        count, block = read if at == step else self._read_block(step)
+        return count, (self.state, block, np.int32(count), self.train_noise, self.key)
+
+    def _read_block(self, step: int) -> tuple[int, dict[str, np.ndarray]]:
+        """The steps from `step` that one dispatch trains, and their windows."""
         limit = self.block_steps if step else 1
         count = min(limit, self.epoch_steps - step % self.epoch_steps)
         own = len(self.devices) // self.hosts
         # A shorter block is filled up, so that one compiled program serves all; what fills it is not trained on.
         if self.stream is not None:
-            block = self.stream.block(count, self.block_steps, own)
-        else:
-            seed, windows = self.config.seed, self.train_windows
-            indices = input_pipeline.batch_indices(seed, step, count, len(windows), self.batch_size)
-            indices = input_pipeline.host_share(indices, self.host, self.hosts)
-            indices = np.pad(indices, ((0, self.block_steps - count), (0, 0)))
-            block = input_pipeline.train_block(windows, indices, own, seed, step // self.epoch_steps)
-        return count, (self.state, block, np.int32(count), self.train_noise, self.key)
+            return count, self.stream.block(count, self.block_steps, own)
+        seed, windows = self.config.seed, self.train_windows
+        indices = input_pipeline.batch_indices(seed, step, count, len(windows), self.batch_size)
+        indices = input_pipeline.host_share(indices, self.host, self.hosts)
+        indices = np.pad(indices, ((0, self.block_steps - count), (0, 0)))
+        return count, input_pipeline.train_block(windows, indices, own, seed, step // self.epoch_steps)
 
     def validate(self) -> dict[str, float]:
         """Measures on the validation windows."""
