@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ralenet_jax import augment, input_pipeline, steps, streaming
+from ralenet_jax import augment, input_pipeline, programs, steps, streaming
 from ralenet_jax.errors import UserError
 from ralenet_jax.gate import Gate
 
@@ -227,7 +227,7 @@ class _Runner:
     """The model on devices, in batches of one size, so that it is compiled once."""
 
     def __init__(self, model, variables: Any, devices: Sequence[jax.Device], batch: int):
-        self._apply = steps.build_denoiser(model, devices)
+        self._apply = programs.kept(steps.build_denoiser(model, devices), devices, repr(model))
         self._variables = steps.replicate(variables, devices)
         self._shape = (len(devices), batch)
         self.size = len(devices) * batch

@@ -1,6 +1,7 @@
 """Evaluation of a trained run: all measures, for every condition, over every window of a split."""
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ralenet_jax import augment, checkpoint, input_pipeline, noise, optim, provenance, steps, writer
+from ralenet_jax import augment, checkpoint, input_pipeline, noise, optim, programs, provenance, steps, writer
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError, writing
 
@@ -43,6 +44,19 @@ def choose_devices(config: ConfigDict, *batch_sizes: int) -> list[jax.Device]:
             f"a batch of {sizes} windows does not divide by {wanted} devices{over}; change it or num_devices"
         )
     return [device for devices in own for device in devices[: wanted // processes]]
+
+
+def program(config: ConfigDict, *sections: str) -> str:
+    """What a program of this model is made of, besides these sections of the configuration; for `programs.kept`."""
+    settings = config.to_dict()
+    settings["model"].pop("base", None)  # its parameters are arguments
+    return json.dumps({name: settings[name] for name in ("protocol", "model", *sections)}, sort_keys=True)
+
+
+def build_eval_step(config: ConfigDict, model: Any, devices: list[jax.Device]) -> Callable:
+    """`steps.build_eval_step`, its programs kept for the next start."""
+    step = steps.build_eval_step(model, config.protocol, devices)
+    return step if jax.process_count() > 1 else programs.kept(step, devices, program(config))
 
 
 def noise_source(config: ConfigDict, recordings: np.ndarray, split: str, kinds: str, low: float, high: float | None):
@@ -154,7 +168,7 @@ def evaluate(
     model, state = restore_state(config, workdir, devices, which)
     windows = input_pipeline.read_split(config, split)
     log(f"evaluating step {int(state.step)} of {workdir} on {len(windows):,} {split} windows, {len(devices)} device(s)")
-    eval_step = steps.build_eval_step(model, config.protocol, devices)
+    eval_step = build_eval_step(config, model, devices)
     result = _measure(config, eval_step, state.variables, windows, split, devices) | {
         "checkpoint": int(state.step),
         "parameters": train_state.count_parameters(state.params),
@@ -193,7 +207,7 @@ def evaluate_weights(
     model = train_state.model_from_config(config, steps.AXIS)
     windows = input_pipeline.read_split(config, split)
     log(f"evaluating {config.model.name} on {len(windows):,} {split} windows, {len(devices)} device(s)")
-    eval_step = steps.build_eval_step(model, config.protocol, devices)
+    eval_step = build_eval_step(config, model, devices)
     result = _measure(config, eval_step, steps.replicate(variables, devices), windows, split, devices)
     log(format_table(result))
     _write(result, workdir, log)

@@ -151,19 +151,22 @@ def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Seq
     """
 
     def train_block(state, block, count, source, key):
-        params, unravel = state.params, None
+        params, unravel, length = state.params, None, block["id"].shape[0]
         if gpu_kernels.usable() and not hasattr(model, "FROZEN"):
             # One vector instead of three hundred arrays: to add the updates is one kernel, not three hundred.
             params, unravel = _ravelled(params)
+        # A GPU that has to be asked after every step whether there is another one stands still meanwhile.
+        all_steps = gpu_kernels.usable()
 
         def one_step(i, carry):
-            state, scalars = carry
             batch = jax.tree.map(lambda array: array[i], block)
-            state, new = train_step(model, optimizer, protocol, fresh, state, batch, source, key, unravel)
-            return state, jax.tree.map(lambda row, scalar: row.at[i].set(scalar), scalars, new)
+            state, new = train_step(model, optimizer, protocol, fresh, carry[0], batch, source, key, unravel)
+            stepped = state, jax.tree.map(lambda row, scalar: row.at[i].set(scalar), carry[1], new)
+            return jax.tree.map(functools.partial(jnp.where, i < count), stepped, carry) if all_steps else stepped
 
-        scalars = {name: jnp.zeros(block["id"].shape[0]) for name in ("loss", "snr_db")}
-        state, scalars = jax.lax.fori_loop(0, count, one_step, (state.replace(params=params), scalars))
+        scalars = {name: jnp.zeros(length) for name in ("loss", "snr_db")}
+        given = state.replace(params=params), scalars
+        state, scalars = jax.lax.fori_loop(0, length if all_steps else count, one_step, given)
         return (state if unravel is None else state.replace(params=unravel(state.params))), scalars
 
     return _pmap(train_block, devices, (None, 0, None, None, None), donate=(0,))

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ralenet_jax import base_model, checkpoint, evaluate, hosts, input_pipeline, optim, provenance, steps
+from ralenet_jax import base_model, checkpoint, evaluate, hosts, input_pipeline, optim, programs, provenance, steps
 from ralenet_jax import state as train_state
 from ralenet_jax.errors import UserError, writing
 from ralenet_jax.writer import Silent, Writer
@@ -143,7 +143,11 @@ class _Run:
         state = train_state.create_state(model, optimizer, config.seed, self.train_windows.shape)
         self.state = steps.replicate(state, self.devices)
         self._block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, self.devices)
-        self._eval_step = steps.build_eval_step(model, config.protocol, self.devices)
+        if self.hosts == 1:  # several compile together
+            steps_of_schedule = self.total_steps if config.optim.schedule != "constant" else None
+            made_of = evaluate.program(config, "optim"), f"{steps_of_schedule}, {config.noise.fresh}"
+            self._block = programs.kept(self._block, self.devices, *made_of)
+        self._eval_step = evaluate.build_eval_step(config, model, self.devices)
 
     def take_base(self) -> None:
         """Puts the trained model that `model.base` names into a fresh state, if the model is built around one."""

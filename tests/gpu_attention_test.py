@@ -34,10 +34,11 @@ def test_attention_agrees_with_plain_form(length, kind):
         assert_same_with_gradients(kernel, twin, (features, offset, drawn(heads, length, length)))
 
 
-def test_attention_with_several_samples_for_each_thread(monkeypatch):
-    monkeypatch.setattr(gpu_attention, "_PLENTY", 1)
-    kernel = lambda *arguments: gpu_attention.attend(*arguments, None, 28)  # noqa: E731
-    twin = lambda *arguments: plain_attention(*arguments, start=28)  # noqa: E731
+@pytest.mark.parametrize(("plenty", "start"), [(1, 28), (1, 29), (10**9, 29)])
+def test_attention_with_few_and_many_samples_and_a_window_anywhere(monkeypatch, plenty, start):
+    monkeypatch.setattr(gpu_attention, "_PLENTY", plenty)
+    kernel = lambda *arguments: gpu_attention.attend(*arguments, None, start)  # noqa: E731
+    twin = lambda *arguments: plain_attention(*arguments, start=start)  # noqa: E731
     assert_same_with_gradients(kernel, twin, (drawn(3, 2, 4, 1, 64), drawn(3, 2, 4), drawn(2, 8, 8)))
 
 

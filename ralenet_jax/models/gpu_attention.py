@@ -8,10 +8,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ralenet_jax.models import gpu_kernels
 
 _PLENTY = 2**18  # samples of all heads; then there are more programs than the device runs at a time
+# Samples of a program, which is one warp, and those it goes through at a time: a thread has four weights at a time, so
+# that it need not wait for each.
+_FEW, _MANY = (32, 4), (64, 2)
+_LOG2_E = np.float32(np.log2(np.e))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -32,105 +37,112 @@ def attend(features, offset, bias, inside, start):
 
 
 def _attend_forward(features, offset, bias, inside, start):
-    """A thread has a few queries and goes through the keys: no sum is over several threads."""
+    """A thread has a query or two and goes through the keys, some at a time: no sum is over several threads."""
     _, heads, dim, batch, length = features.shape
-    grid, tile = _share(heads, batch, length)
+    tiles, tile, some = _share(heads, batch, length)
 
     def kernel(features, offset, *refs):
-        window, (out, log_sum) = _Window.of(refs, bias, inside, start, length)
-        rows = _rows(tile)
-        queries = _queries(features, offset, rows)
+        window, (out, log_sum) = _Window.of(refs, bias, inside, start, length, some)
+        rows = _rows(0, tile)
+        queries = _across(_queries(features, offset, rows))
 
-        def logits(key, on_map):
-            return _plus(
-                gpu_kernels.total(query * _scalar(features, 1, i, key) for i, query in enumerate(queries)), on_map
-            )
+        def logits(keys, on_map):
+            return _plus(_product(queries, _down(_samples(features, 1, keys))), on_map)
 
         highest = window.loop(
-            rows, lambda key, on_map, highest: jnp.maximum(highest, logits(key, on_map)), jnp.full(tile, -jnp.inf)
-        )
+            rows,
+            lambda keys, on_map, highest: jnp.maximum(highest, logits(keys, on_map)),
+            jnp.full((some, tile), -jnp.inf),
+        ).max(0)
 
-        def add(key, on_map, sums):
-            weights = jnp.exp(logits(key, on_map) - highest)
+        def add(keys, on_map, sums):
+            weights = gpu_kernels.exp2(logits(keys, on_map) - highest[None])
             total, *outs = sums
-            return total + weights, *(out + weights * _scalar(features, 2, i, key) for i, out in enumerate(outs))
+            return total + weights, *_added(outs, weights, _down(_samples(features, 2, keys)))
 
-        total, *outs = window.loop(rows, add, (jnp.zeros(tile, jnp.float32),) * (dim + 1))
+        sums = window.loop(rows, add, (jnp.zeros((some, tile), jnp.float32),) * (dim + 1))
+        total, *outs = (part.sum(0) for part in sums)
         for i, value in enumerate(outs):
             out[i, rows] = (value / total + offset[2, i]).astype(out.dtype)
-        log_sum[rows] = highest + jnp.log(total)
+        log_sum[rows] = highest + jnp.log(total) * _LOG2_E
 
     inputs = [_features(dim, length), _offset(dim), *_window_specs(bias, inside)]
     shapes = [((heads, dim, batch, length), features.dtype), ((heads, batch, length), jnp.float32)]
     outputs = [_out(dim, length), _per_query(length)]
     arrays = [features, offset, *_window_arrays(bias, inside)]
-    out, log_sum = gpu_kernels.call(kernel, grid, inputs, shapes, outputs, 1)(*arrays)
+    out, log_sum = gpu_kernels.call(kernel, (heads, batch, tiles), inputs, shapes, outputs, 1)(*arrays)
     return out, (features, offset, bias, inside, out, log_sum)
 
 
 def _attend_backward(start, residuals, d_out):
-    """A thread has a few samples: as queries it goes through the keys, as keys through the queries."""
+    """A program has some samples: as queries that go through the keys or, another one, the other way round."""
     features, offset, bias, inside, out, log_sum = residuals
     _, heads, dim, batch, length = features.shape
-    grid, tile = _share(heads, batch, length)
+    tiles, tile, some = _share(heads, batch, length)
     scale = dim**-0.5
 
     def kernel(features, offset, out, log_sum, d_out, *refs):
-        window, (d_features, d_offset, *d_bias) = _Window.of(refs, bias, inside, start, length)
-        rows = _rows(tile)
+        pl, _ = gpu_kernels.pallas()
+        window, (d_features, d_offset, *d_bias) = _Window.of(refs, bias, inside, start, length, some)
+        zeros = (jnp.zeros((some, tile), jnp.float32),) * dim
+        as_queries, rows_as_keys = pl.program_id(2) < tiles, _rows(tiles, tile)
+        rows_as_queries = _rows(0, tile)
 
-        def store(which, sums):
+        def store(which, rows, sums):
             for i, d in enumerate(sums):
                 d_features[which, i, rows] = d.astype(d_features.dtype)
                 d_offset[which, i] = d.sum()
 
-        zeros = (jnp.zeros(tile, jnp.float32),) * dim
-        queries = _queries(features, offset, rows)
-        log_sums = log_sum[rows]
-        d_outs = [d_out[i, rows].astype(jnp.float32) for i in range(dim)]
-        # The values' offset is in `out` and not in the values here.
-        shift = gpu_kernels.total(d * (out[i, rows].astype(jnp.float32) - offset[2, i]) for i, d in enumerate(d_outs))
+        def of_outputs(rows):
+            """Their gradients, and what of them the weights' sum takes; the offset is in `out`, not in the values."""
+            d_outs = [d_out[i, rows].astype(jnp.float32) for i in range(dim)]
+            values = [out[i, rows].astype(jnp.float32) - offset[2, i] for i in range(dim)]
+            return d_outs, _product(d_outs, values)
 
-        def through_keys(key, on_map, sums):
-            keys = [_scalar(features, 1, i, key) for i in range(dim)]
-            logits = _plus(gpu_kernels.total(query * k for query, k in zip(queries, keys, strict=True)), on_map)
-            d_weights = gpu_kernels.total(d * _scalar(features, 2, i, key) for i, d in enumerate(d_outs))
-            d_logits = jnp.exp(logits - log_sums) * (d_weights - shift)
-            if on_map is not None:
-                window.store(d_bias, key, rows, d_logits)
-            return tuple(d + d_logits * k for d, k in zip(sums, keys, strict=True))
+        @pl.when(as_queries)
+        def _():
+            rows = rows_as_queries
+            queries, log_sums = _across(_queries(features, offset, rows)), log_sum[rows][None]
+            d_outs, shift = of_outputs(rows)
+            d_outs, shift = _across(d_outs), shift[None]
 
-        store(0, [d * scale for d in window.loop(rows, through_keys, zeros)])
-        keys = [features[1, i, rows].astype(jnp.float32) for i in range(dim)]
-        values = [features[2, i, rows].astype(jnp.float32) for i in range(dim)]
+            def through_keys(keys, on_map, sums):
+                columns = _down(_samples(features, 1, keys))
+                weights = gpu_kernels.exp2(_plus(_product(queries, columns), on_map) - log_sums)
+                d_logits = weights * (_product(d_outs, _down(_samples(features, 2, keys))) - shift)
+                if on_map is not None:
+                    window.store(d_bias, keys, rows, d_logits)
+                return _added(sums, d_logits, columns)
 
-        def through_queries(query, on_map, sums):
-            queries = [(_scalar(features, 0, i, query) + offset[0, i]) * scale for i in range(dim)]
-            d_outs = [d_out[i, query].astype(jnp.float32) for i in range(dim)]
-            shift = gpu_kernels.total(
-                d * (out[i, query].astype(jnp.float32) - offset[2, i]) for i, d in enumerate(d_outs)
-            )
-            logits = _plus(gpu_kernels.total(q * key for q, key in zip(queries, keys, strict=True)), on_map)
-            weights = jnp.exp(logits - log_sum[query])
-            d_weights = gpu_kernels.total(d * value for d, value in zip(d_outs, values, strict=True))
-            d_logits = weights * (d_weights - shift)
-            d_keys = (d + d_logits * q for d, q in zip(sums[:dim], queries, strict=True))
-            return *d_keys, *(d + weights * d_o for d, d_o in zip(sums[dim:], d_outs, strict=True))
+            store(0, rows, [d.sum(0) * scale for d in window.loop(rows, through_keys, zeros)])
 
-        sums = window.transposed().loop(rows, through_queries, zeros + zeros)
-        store(1, sums[:dim])
-        store(2, sums[dim:])
+        @pl.when(~as_queries)
+        def _():
+            rows = rows_as_keys
+            keys, values = (_across(_samples(features, which, rows)) for which in (1, 2))
+
+            def through_queries(rows, on_map, sums):
+                queries = _down(_queries(features, offset, rows))
+                d_outs, shift = of_outputs(rows)
+                d_outs = _down(d_outs)
+                weights = gpu_kernels.exp2(_plus(_product(queries, keys), on_map) - log_sum[rows][:, None])
+                d_logits = weights * (_product(d_outs, values) - shift[:, None])
+                return *_added(sums[:dim], d_logits, queries), *_added(sums[dim:], weights, d_outs)
+
+            sums = [d.sum(0) for d in window.transposed().loop(rows, through_queries, zeros + zeros)]
+            store(1, rows, [d / _LOG2_E for d in sums[:dim]])
+            store(2, rows, sums[dim:])
 
     inputs = [_features(dim, length), _offset(dim), _out(dim, length), _per_query(length), _out(dim, length)]
-    tiles = grid[2]
     shapes = [(features.shape, features.dtype), ((batch * tiles, *offset.shape), jnp.float32)]
-    outputs = [_features(dim, length), ((None, 3, None, dim), lambda h, b, t: (b * tiles + t, 0, h, 0))]
+    outputs = [_features(dim, length), ((None, 3, None, dim), lambda h, b, t: (b * tiles + t % tiles, 0, h, 0))]
     if bias is not None:
         shapes.append(((batch, *bias.shape), jnp.float32))
         outputs.append(((None, None, *bias.shape[1:]), lambda h, b, t: (b, h, 0, 0)))
     arrays = [features, offset, out, log_sum, d_out, *_window_arrays(bias, inside)]
     inputs += _window_specs(bias, inside)
-    d_features, d_offset, *d_bias = gpu_kernels.call(kernel, grid, inputs, shapes, outputs, 1)(*arrays)
+    found = gpu_kernels.call(kernel, (heads, batch, 2 * tiles), inputs, shapes, outputs, 1)(*arrays)
+    d_features, d_offset, *d_bias = found
     d_bias = jnp.swapaxes(d_bias[0].sum(0), 1, 2) if d_bias else None
     return d_features, d_offset.sum(0), d_bias, None
 
@@ -139,42 +151,63 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _share(heads, batch, length):
-    """The grid, and the samples of a program of one warp: one for each thread, four where there are plenty."""
-    samples = 4 * gpu_kernels.WARP if heads * batch * length >= _PLENTY else gpu_kernels.WARP
-    tile = min(length, samples)
-    return (heads, batch, length // tile), tile
+    """Programs for a head and an example; samples of each, and how many it goes through at a time."""
+    tile, some = _MANY if heads * batch * length >= _PLENTY else _FEW
+    tile = min(length, tile)
+    return length // tile, tile, min(length, some)
 
 
-def _rows(tile):
+def _rows(first, tile):
+    """The samples of this program, of those from the `first` on."""
     pl, _ = gpu_kernels.pallas()
-    return pl.ds(pl.program_id(2) * tile, tile)
+    return pl.ds((pl.program_id(2) - first) * tile, tile)
 
 
 def _plus(logits, on_map):
     return logits if on_map is None else logits + on_map
 
 
-def _scalar(features, which, channel, at):
-    return features[which, channel, at].astype(jnp.float32)
+def _product(left, right):
+    """The sum of products, channel by channel."""
+    first, *others = zip(left, right, strict=True)
+    return functools.reduce(lambda total, pair: gpu_kernels.multiply_add(*pair, total), others, first[0] * first[1])
+
+
+def _added(sums, weights, vectors):
+    """The sums, a weighted vector added to each."""
+    return tuple(gpu_kernels.multiply_add(weights, x, total) for total, x in zip(sums, vectors, strict=True))
+
+
+def _across(vectors):
+    return [vector[None] for vector in vectors]
+
+
+def _down(vectors):
+    return [vector[:, None] for vector in vectors]
+
+
+def _samples(features, which, rows):
+    """A vector for each channel."""
+    return [features[which, i, rows].astype(jnp.float32) for i in range(features.shape[1])]
 
 
 def _queries(features, offset, rows):
-    """Scaled, a vector for each channel; the keys' offset adds the same to all logits of a query and is left out."""
-    dim = features.shape[1]
-    return [(features[0, i, rows].astype(jnp.float32) + offset[0, i]) * dim**-0.5 for i in range(dim)]
+    """Scaled for powers of 2, a vector for each channel; the keys' offset, the same for all keys, is left out."""
+    scale = features.shape[1] ** -0.5 * _LOG2_E
+    return [(vector + offset[0, i]) * scale for i, vector in enumerate(_samples(features, 0, rows))]
 
 
 class _Window:
     """The bias in a kernel: `bias` and its transpose, `inside`, and where the one window starts."""
 
     @classmethod
-    def of(cls, refs, bias, inside, start, length):
+    def of(cls, refs, bias, inside, start, length, some):
         """Takes the references off the list of all, in the order of `_window_arrays`; gives the others too."""
         refs = list(refs)
         window = cls()
         window._turned, window._bias = (refs.pop(0), refs.pop(0)) if bias is not None else (None, None)
         window._inside = refs.pop(0) if inside is not None else None
-        window._length = length
+        window._length, window._some = length, some
         window._span = (0, 0) if bias is None else (0, length) if inside is not None else (start, start + bias.shape[1])
         return window, refs
 
@@ -185,48 +218,47 @@ class _Window:
         return window
 
     def loop(self, rows, body, carry):
-        """Calls `body(key, what is added to the logits, carry)` for every key; the bias costs only where it counts."""
-        low, high = self._span
-        carry = _loop(0, low, lambda key, carry: body(key, None, carry), carry)
-        carry = _loop(low, high, lambda key, carry: body(key, self._on_map(key, rows), carry), carry)
-        return _loop(high, self._length, lambda key, carry: body(key, None, carry), carry)
+        """Calls `body(keys, what is added to the logits, carry)` for all; the bias costs only near where it counts."""
+        low, high = self._span[0] // self._some, -(-self._span[1] // self._some)
+        without = lambda keys, carry: body(keys, None, carry)  # noqa: E731
+        carry = self._loop(0, low, without, carry)
+        carry = self._loop(low, high, lambda keys, carry: body(keys, self._on_map(keys, rows), carry), carry)
+        return self._loop(high, self._length // self._some, without, carry)
 
-    def _within(self, key, rows):
-        """Whether the queries and the key are in one window, and the queries' places in the bias."""
+    def _loop(self, low, high, body, carry):
+        pl, _ = gpu_kernels.pallas()
+        if high == low:
+            return carry
+        return jax.lax.fori_loop(low, high, lambda i, carry: body(pl.ds(i * self._some, self._some), carry), carry)
+
+    def _within(self, keys, rows):
+        """Whether keys, down, and queries are in one window; and their places in the bias."""
         start, end = self._span
-        place = jax.lax.iota(jnp.int32, rows.size) + rows.start
+        places = [jax.lax.iota(jnp.int32, some.size) + some.start for some in (keys, rows)]
+        places = [places[0][:, None], places[1][None]]
         if self._inside is not None:
-            return (self._inside[rows] & self._inside[key]) != 0, place
-        within = (place >= start) & (place < end)
-        return within, jnp.where(within, place - start, end - start)
+            return (self._inside[keys][:, None] & self._inside[rows][None]) != 0, places
+        inside = [(place >= start) & (place < end) for place in places]
+        # Beyond the bias where they are not inside: to write there what the mask leaves out changes nothing.
+        return inside[0] & inside[1], [
+            jnp.where(there, place - start, end - start) for there, place in zip(inside, places, strict=True)
+        ]
 
-    def _on_map(self, key, rows):
+    def _on_map(self, keys, rows):
         _, triton = gpu_kernels.pallas()
-        within, place = self._within(key, rows)
-        return triton.load(self._turned.at[key - self._span[0], place], mask=within, other=0.0)
+        within, (key, query) = self._within(keys, rows)
+        return triton.load(self._turned.at[key, query], mask=within, other=0.0) * _LOG2_E
 
-    def store(self, d_bias, key, rows, d_logits):
-        """Writes what of the gradient of some queries' logits belongs to the bias, its transpose."""
+    def store(self, d_bias, keys, rows, d_logits):
+        """Writes what of the gradient of some logits belongs to the bias, its transpose."""
         if not d_bias:
             return
         _, triton = gpu_kernels.pallas()
-        within, place = self._within(key, rows)
+        within, (key, query) = self._within(keys, rows)
         if self._inside is not None:
-            d_bias[0][key, rows] = jnp.where(within, d_logits, 0.0)
+            d_bias[0][keys, rows] = jnp.where(within, d_logits, 0.0)
         else:
-            triton.store(d_bias[0].at[key - self._span[0], place], d_logits, mask=within)
-
-
-def _loop(low, high, body, carry):
-    """Calls `body(i, carry)`, several times in a turn."""
-    turn = next(n for n in (2, 1) if (high - low) % n == 0)
-
-    def several(number, carry):
-        for i in range(turn):
-            carry = body(low + number * turn + i, carry)
-        return carry
-
-    return jax.lax.fori_loop(0, (high - low) // turn, several, carry) if high > low else carry
+            triton.store(d_bias[0].at[key, query], d_logits, mask=within)
 
 
 def _features(dim, length):

@@ -84,6 +84,28 @@ def total(terms):
     return functools.reduce(operator.add, terms)
 
 
+def multiply_add(a, b, c):
+    """a · b + c of float32 in one instruction, where it is left to the compiler two; shapes as they broadcast."""
+    return a * b + c if target() == "interpreted" else _instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
+
+
+def exp2(x):
+    """2 to the power of x, float32, in one instruction, with an error of 2⁻²² of it."""
+    return jnp.exp2(x) if target() == "interpreted" else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
+
+
+def _instruction(asm, *args):
+    shape = jnp.broadcast_shapes(*(x.shape for x in args))
+    [result] = pallas()[1].elementwise_inline_asm(
+        asm,
+        args=[jnp.broadcast_to(x, shape) for x in args],
+        constraints="=f" + ",f" * len(args),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return result
+
+
 def _warps(elements):
     return max(1, min(8, elements // (WARP * 16)))
 

@@ -1,0 +1,144 @@
+"""Programs that are found again without being traced, and when they are not."""
+
+import jax
+import numpy as np
+import pytest
+
+from ralenet_jax import programs
+
+X = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+class Traced:
+    """A function under `transform`, and how often it was traced."""
+
+    def __init__(self, devices=1, factor=2.0):
+        self.count, self.devices = 0, devices
+
+        def function(tree, more):
+            self.count += 1
+            return {"out": factor * tree["x"] + more}
+
+        self.function = jax.pmap(function, devices=jax.devices()[:devices]) if devices > 1 else jax.jit(function)
+
+    def kept(self, *made_of):
+        return programs.kept(self.function, jax.devices()[: self.devices], *made_of)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_program_is_found_without_tracing(devices, folder):
+    first, second = Traced(devices), Traced(devices)
+    expected = 2 * X + X[::-1]
+    for traced in (first, second):
+        run = traced.kept("made of this")
+        for _ in range(2):
+            np.testing.assert_array_equal(run({"x": X}, X[::-1])["out"], expected)
+    assert (first.count, second.count) == (1, 0)
+    assert len(list(folder.glob("ralenet-*"))) == 1
+
+
+def test_what_goes_in_may_be_what_came_out():
+    run = Traced(devices=2).kept("x")
+    once = run({"x": X}, X)
+    np.testing.assert_array_equal(run({"x": once["out"]}, X)["out"], 2 * (3 * X) + X)
+
+
+@pytest.mark.parametrize(
+    ("made_of", "x", "count"), [("a", X, 0), ("b", X, 1), ("a", X[:, :2], 1), ("a", X.astype(np.int32), 1)]
+)
+def test_another_program_is_another(made_of, x, count):
+    Traced().kept("a")({"x": X}, X)
+    other = Traced()
+    np.testing.assert_array_equal(other.kept(made_of)({"x": x}, x)["out"], 3 * x)
+    assert other.count == count
+
+
+def test_another_tree_is_another_program():
+    Traced().kept("a")({"x": X}, X)
+    other = Traced()
+    with pytest.raises(KeyError, match="x"):
+        other.kept("a")({"y": X}, X)
+    assert other.count == 1
+
+
+def test_another_source_is_another_program(monkeypatch):
+    Traced().kept("a")({"x": X}, X)
+    surroundings = programs._surroundings()
+    monkeypatch.setattr(programs, "_surroundings", lambda: ("changed", *surroundings[1:]))
+    changed = Traced(factor=3.0)
+    np.testing.assert_array_equal(changed.kept("a")({"x": X}, X)["out"], 4 * X)
+    assert changed.count == 1
+
+
+def test_surroundings_tell_source_versions_and_settings(monkeypatch):
+    programs._surroundings.cache_clear()
+    before = programs._surroundings()
+    assert f"jax {jax.__version__}" in before
+    for change in (
+        lambda: monkeypatch.setenv("XLA_FLAGS", "--xla_other=1"),
+        lambda: monkeypatch.setattr(programs, "_instructions", lambda: "flags: none"),
+    ):
+        programs._surroundings.cache_clear()
+        change()
+        assert programs._surroundings() != before
+        monkeypatch.undo()
+    programs._surroundings.cache_clear()
+    with jax.default_matmul_precision("highest"):
+        jax.config.update("jax_default_matmul_precision", "highest")
+        assert programs._surroundings() != before
+        jax.config.update("jax_default_matmul_precision", None)
+    programs._surroundings.cache_clear()
+    assert programs._surroundings() == before
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+def test_a_damaged_file_is_not_used(folder, damage):
+    Traced().kept("a")({"x": X}, X)
+    [path] = folder.glob("ralenet-*")
+    path.write_bytes(damage(path.read_bytes()))
+    traced = Traced()
+    np.testing.assert_array_equal(traced.kept("a")({"x": X}, X)["out"], 3 * X)
+    assert traced.count == 1
+
+
+def test_a_full_disk_costs_no_more_than_the_file(folder, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(programs.Path, "write_bytes", full)
+    np.testing.assert_array_equal(Traced().kept("a")({"x": X}, X)["out"], 3 * X)
+    assert not list(folder.glob("ralenet-*"))
+
+
+def test_old_programs_go(folder, monkeypatch):
+    monkeypatch.setattr(programs, "_MOST", 2)
+    for number in range(4):
+        Traced(factor=number).kept(str(number))({"x": X}, X)
+    assert len(list(folder.glob("ralenet-*"))) == 2
+    last = Traced(factor=3)
+    last.kept("3")({"x": X}, X)
+    assert last.count == 0
+
+
+def test_what_jax_has_kept_is_not_kept_twice(folder):
+    Traced().kept("a")({"x": X}, X)
+    for made_of in ("b", "b"):  # the same program, though nothing told so
+        again = Traced()
+        np.testing.assert_array_equal(again.kept(made_of)({"x": X}, X)["out"], 3 * X)
+        assert again.count == 1
+    assert len(list(folder.glob("ralenet-*"))) == 1
+
+
+@pytest.mark.parametrize("cache", [None, "no/such/folder"])
+def test_without_a_folder_nothing_is_kept(cache):
+    jax.config.update("jax_compilation_cache_dir", cache)
+    function = Traced().function
+    assert programs.kept(function, jax.devices(), "a") is function
