@@ -55,8 +55,7 @@ def program(config: ConfigDict, *sections: str) -> str:
 
 def build_eval_step(config: ConfigDict, model: Any, devices: list[jax.Device]) -> Callable:
     """`steps.build_eval_step`, its programs kept for the next start."""
-    step = steps.build_eval_step(model, config.protocol, devices)
-    return step if jax.process_count() > 1 else programs.kept(step, devices, program(config))
+    return programs.kept(steps.build_eval_step(model, config.protocol, devices), devices, program(config))
 
 
 def noise_source(config: ConfigDict, recordings: np.ndarray, split: str, kinds: str, low: float, high: float | None):

@@ -19,12 +19,16 @@ from pathlib import Path
 import jax
 from jax.experimental import serialize_executable
 
+from ralenet_jax import startup
+
 _MOST = 32  # programs: those used longest ago go
 _PREFIX = "ralenet-"
 
 
 def kept(function: Callable, devices: Sequence[jax.Device], *made_of: str) -> Callable:
     """A jitted or pmapped function whose programs are kept where JAX keeps what it compiles, if it does.
+
+    Those of several processes are not: they compile together.
 
     Args:
         function: its arguments are arrays and pytrees of such.
@@ -33,7 +37,9 @@ def kept(function: Callable, devices: Sequence[jax.Device], *made_of: str) -> Ca
     """
     folder = jax.config.jax_compilation_cache_dir
     there = folder and jax.config.jax_enable_compilation_cache and os.path.isdir(folder)
-    return _Kept(function, list(devices), Path(folder), made_of) if there else function
+    if not there or jax.process_count() > 1 or not startup.is_known_jax():
+        return function
+    return _Kept(function, list(devices), Path(folder), made_of)
 
 
 class _Kept:

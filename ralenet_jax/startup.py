@@ -42,12 +42,16 @@ def _overlap_gpu_kernels() -> None:
         _set_flag("xla_gpu_graph_enable_concurrent_region", "true")
 
 
+def is_known_jax() -> bool:
+    """Whether JAX is not newer than those that what may change at any time was tried with or looked up for."""
+    return tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 12)
+
+
 def _set_flag(name: str, value: str) -> None:
     """Sets a flag of XLA's that the environment leaves alone."""
     flags = os.environ.get("XLA_FLAGS", "")
-    # XLA ends the process over a flag it does not know; these are known up to 0.12.
-    known = tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 12)
-    if known and name not in flags:
+    # XLA ends the process over a flag it does not know.
+    if is_known_jax() and name not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
 
 

@@ -143,10 +143,9 @@ class _Run:
         state = train_state.create_state(model, optimizer, config.seed, self.train_windows.shape)
         self.state = steps.replicate(state, self.devices)
         self._block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, self.devices)
-        if self.hosts == 1:  # several compile together
-            steps_of_schedule = self.total_steps if config.optim.schedule != "constant" else None
-            made_of = evaluate.program(config, "optim"), f"{steps_of_schedule}, {config.noise.fresh}"
-            self._block = programs.kept(self._block, self.devices, *made_of)
+        end = self.total_steps if config.optim.schedule != "constant" else None  # where the learning rate is to end
+        made_of = evaluate.program(config, "optim"), f"{end}, {config.noise.fresh}"
+        self._block = programs.kept(self._block, self.devices, *made_of)
         self._eval_step = evaluate.build_eval_step(config, model, self.devices)
 
     def take_base(self) -> None:
