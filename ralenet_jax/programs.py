@@ -81,7 +81,8 @@ def _read(path: Path, devices: list[jax.Device]) -> Callable:
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise ValueError(f"{path} is damaged")
     program = serialize_executable.deserialize_and_load(*pickle.loads(content[32:]), execution_devices=devices)
-    os.utime(path)
+    with contextlib.suppress(OSError):
+        os.utime(path)
     return program
 
 

@@ -43,7 +43,7 @@ def _overlap_gpu_kernels() -> None:
 
 
 def is_known_jax() -> bool:
-    """Whether JAX is not newer than those that what may change at any time was tried with or looked up for."""
+    """Whether what JAX may change at any time (XLA's flags, how programs are written) was looked up for its version."""
     return tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 12)
 
 
