@@ -1,7 +1,6 @@
 """Evaluation of a trained run: all measures, for every condition, over every window of a split."""
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -46,16 +45,10 @@ def choose_devices(config: ConfigDict, *batch_sizes: int) -> list[jax.Device]:
     return [device for devices in own for device in devices[: wanted // processes]]
 
 
-def program(config: ConfigDict, *sections: str) -> str:
-    """What a program of this model is made of, besides these sections of the configuration; for `programs.kept`."""
-    settings = config.to_dict()
-    settings["model"].pop("base", None)  # its parameters are arguments
-    return json.dumps({name: settings[name] for name in ("protocol", "model", *sections)}, sort_keys=True)
-
-
 def build_eval_step(config: ConfigDict, model: Any, devices: list[jax.Device]) -> Callable:
     """`steps.build_eval_step`, its programs kept for the next start."""
-    return programs.kept(steps.build_eval_step(model, config.protocol, devices), devices, program(config))
+    eval_step = steps.build_eval_step(model, config.protocol, devices)
+    return programs.kept(eval_step, devices, repr(model), config.protocol)
 
 
 def noise_source(config: ConfigDict, recordings: np.ndarray, split: str, kinds: str, low: float, high: float | None):

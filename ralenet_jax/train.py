@@ -142,10 +142,10 @@ class _Run:
         self.key = jax.random.key(config.seed)
         state = train_state.create_state(model, optimizer, config.seed, self.train_windows.shape)
         self.state = steps.replicate(state, self.devices)
-        self._block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, self.devices)
+        block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, self.devices)
         end = self.total_steps if config.optim.schedule != "constant" else None  # where the learning rate is to end
-        made_of = evaluate.program(config, "optim"), f"{end}, {config.noise.fresh}"
-        self._block = programs.kept(self._block, self.devices, *made_of)
+        made_of = repr(model), config.protocol, config.optim.to_json(), f"fresh {config.noise.fresh}, end {end}"
+        self._block = programs.kept(block, self.devices, *made_of)
         self._eval_step = evaluate.build_eval_step(config, model, self.devices)
 
     def take_base(self) -> None:

@@ -18,7 +18,7 @@ def folder(tmp_path):
 
 
 class Traced:
-    """A function under `transform`, and how often it was traced."""
+    """A function on so many devices, and how often it was traced."""
 
     def __init__(self, devices=1, factor=2.0):
         self.count, self.devices = 0, devices
@@ -78,25 +78,33 @@ def test_another_source_is_another_program(monkeypatch):
     assert changed.count == 1
 
 
-def test_surroundings_tell_source_versions_and_settings(monkeypatch):
-    programs._surroundings.cache_clear()
-    before = programs._surroundings()
-    assert f"jax {jax.__version__}" in before
-    for change in (
-        lambda: monkeypatch.setenv("XLA_FLAGS", "--xla_other=1"),
-        lambda: monkeypatch.setattr(programs, "_instructions", lambda: "flags: none"),
-    ):
-        programs._surroundings.cache_clear()
-        change()
-        assert programs._surroundings() != before
-        monkeypatch.undo()
-    programs._surroundings.cache_clear()
-    with jax.default_matmul_precision("highest"):
-        jax.config.update("jax_default_matmul_precision", "highest")
-        assert programs._surroundings() != before
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setenv("XLA_FLAGS", "--xla_other=1"),
+        lambda patch: patch.setattr(programs, "_instructions", lambda: "flags: none"),
+        lambda patch: patch.setattr(programs, "version", lambda name: "0.0"),
+        lambda patch: patch.setattr(programs.Path, "read_bytes", lambda path: b"other source"),
+    ],
+)
+def test_surroundings_tell_flags_machine_versions_and_source(change, monkeypatch):
+    surroundings = programs._surroundings.__wrapped__  # not what it found before
+    before = surroundings()
+    with monkeypatch.context() as patch:
+        change(patch)
+        assert surroundings() != before
+    assert surroundings() == before
+
+
+def test_surroundings_tell_the_settings_of_jax():
+    surroundings = programs._surroundings.__wrapped__
+    before = surroundings()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        assert surroundings() != before
+    finally:
         jax.config.update("jax_default_matmul_precision", None)
-    programs._surroundings.cache_clear()
-    assert programs._surroundings() == before
+    assert surroundings() == before
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])])

@@ -85,8 +85,8 @@ def _attend_backward(start, residuals, d_out):
         pl, _ = gpu_kernels.pallas()
         window, (d_features, d_offset, *d_bias) = _Window.of(refs, bias, inside, start, length, some)
         zeros = (jnp.zeros((some, tile), jnp.float32),) * dim
-        as_queries, rows_as_keys = pl.program_id(2) < tiles, _rows(tiles, tile)
-        rows_as_queries = _rows(0, tile)
+        # Here, for inside a condition an interpreted program does not know its number.
+        as_queries, rows_as_queries, rows_as_keys = pl.program_id(2) < tiles, _rows(0, tile), _rows(tiles, tile)
 
         def store(which, rows, sums):
             for i, d in enumerate(sums):
