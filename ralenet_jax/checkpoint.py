@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -180,14 +179,6 @@ def _directory(workdir: str | Path) -> Path:
     return Path(workdir).absolute() / "checkpoints"
 
 
-def _over_processes(array: jax.Array) -> jax.Array:
-    """What every process has whole, as the one array that Orbax has all of them save: on the first device of each."""
-    first = {device.process_index: device for device in reversed(jax.devices())}
-    mesh = Mesh(np.array([first[number] for number in sorted(first)]), ("processes",))
-    own = jax.device_put(array.addressable_data(0), first[jax.process_index()])
-    return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(mesh, PartitionSpec()), [own])
-
-
 @contextlib.contextmanager
 def _saving(folder: Path) -> Iterator[None]:
     """As `writing`, whatever Orbax makes of a refusal; that another process is gone is not one."""
@@ -255,15 +246,17 @@ class Checkpointer:
     def save(self, state: Any, snr_db: float | None, input_position: dict[str, Any] | None = None) -> None:
         """Saves the state under its step, with the validation SNR in dB if it was measured there.
 
+        All processes call it and have the whole state; the first one writes it, from memory of its own: on devices
+        Orbax would have it cut into a part for each, array by array.
+
         Streamed input has a position, in JSON's types and the same on all processes; it lies beside the state.
         """
+        state = jax.device_get(state)
         metrics = None if snr_db is None else {_METRIC: snr_db}
         step = int(state.step)
         custom = {_DIGEST: _digest(state, metrics)}
         if input_position is not None:
             custom[_POSITION] = input_position
-        if jax.process_count() > 1:
-            state = jax.tree.map(_over_processes, state)
         with _saving(self.directory):
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, custom_metadata=custom)
 

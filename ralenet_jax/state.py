@@ -1,5 +1,6 @@
 """What training changes from step to step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -38,9 +39,18 @@ def create_state(
     model: nn.Module, optimizer: optax.GradientTransformation, seed: int, shape: tuple[int, int]
 ) -> TrainState:
     """Fresh state for windows of `shape` (samples, leads): the same from the same seed on every platform."""
+    return build_create(model, optimizer, seed, shape)()
+
+
+def build_create(
+    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, shape: tuple[int, int]
+) -> Callable[[], TrainState]:
+    """Builds the jitted function that makes the state of `create_state`."""
 
     def create() -> TrainState:
-        variables = model.init(jax.random.key(seed), jnp.zeros((1, *shape)))
+        # Initial values do not depend on how the model is computed.
+        with initializers.drawn_on_host(seed), gpu_kernels.traced_for("cpu"):
+            variables = model.init(jax.random.key(seed), jnp.zeros((1, *shape)))
         params = variables["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -49,9 +59,7 @@ def create_state(
             opt_state=optimizer.init(params),
         )
 
-    # Initial values do not depend on how the model is computed.
-    with initializers.drawn_on_host(seed), gpu_kernels.traced_for("cpu"):
-        return jax.jit(create)()
+    return jax.jit(create)
 
 
 def count_parameters(params: Any) -> int:

@@ -140,8 +140,11 @@ class _Run:
         self.base: dict[str, Any] | None = None  # where the frozen part came from, if it came in this start
         optimizer = optim.build_optimizer(config, self.total_steps, model)
         self.key = jax.random.key(config.seed)
-        state = train_state.create_state(model, optimizer, config.seed, self.train_windows.shape)
-        self.state = steps.replicate(state, self.devices)
+        shape = self.train_windows.shape
+        create = train_state.build_create(model, optimizer, config.seed, shape)
+        made_of = repr(model), config.optim.to_json(), f"{config.seed} {shape}"
+        create = programs.kept(create, jax.local_devices()[:1], *made_of)
+        self.state = steps.replicate(create(), self.devices)
         block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, self.devices)
         end = self.total_steps if config.optim.schedule != "constant" else None  # where the learning rate is to end
         made_of = repr(model), config.protocol, config.optim.to_json(), f"fresh {config.noise.fresh}, end {end}"
@@ -334,9 +337,10 @@ def _end_of_epoch(run: _Run, saved, writer: Writer, progress: _Progress, step: i
 
 def _save(run: _Run, saved, step: int, snr_db: float | None) -> None:
     """Saves the state, unless the last update spoiled it: the loss would tell of that only a step later."""
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(run.state.variables))):
+    state = jax.device_get(run.state)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables)):
         raise NonFiniteLoss(_non_finite("a parameter is not finite", step, saved))
-    saved.save(run.state, snr_db, run.stream and run.stream.position)
+    saved.save(state, snr_db, run.stream and run.stream.position)
 
 
 def _check_finite(losses: np.ndarray, first_step: int, saved) -> None:

@@ -65,6 +65,19 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
         assert_equal(saved.restore(state_at(0), 10), state_at(10))
 
 
+def test_what_happens_to_the_state_afterwards_is_not_saved(tmp_path):
+    spoil = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 - 7, state), donate_argnums=0)
+    with checkpoint.Checkpointer(tmp_path) as saved:
+        for state in (steps.replicate(state_at(10), jax.devices()), jax.tree.map(np.array, state_at(20))):
+            saved.save(state, 5.0)
+            if state.step == 10:
+                state = spoil(state)
+            else:
+                state.params["dense"]["kernel"][:] = -7
+            saved.wait()
+            assert_equal(saved.restore(state_at(0)), state_at(saved.latest_step))
+
+
 def test_position_of_the_input_is_of_the_newest_checkpoint(tmp_path):
     for step, position in ((10, {"next_index": 10}), (20, {"next_index": 20}), (30, None)):
         with checkpoint.Checkpointer(tmp_path) as saved:
