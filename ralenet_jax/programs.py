@@ -2,7 +2,8 @@
 
 JAX keeps what XLA compiled, but traces and lowers every program anew to know what to look for, which takes a third of a
 start with everything compiled. Here a program is found by what it is made of: the source of this package, versions,
-devices, settings and the arguments' shapes.
+devices, settings and the arguments' shapes; and where another version of this package made the same of it, by what was
+lowered, as JAX finds it. A file has a name for each.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import os
 import pickle
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from jax.experimental import serialize_executable
 
 from ralenet_jax import startup
 
-_MOST = 32  # programs: those used longest ago go
+_MOST = 64  # names of programs: those used longest ago go
 _PREFIX = "ralenet-"
 
 
@@ -42,38 +43,61 @@ def kept(function: Callable, devices: Sequence[jax.Device], *made_of: str) -> Ca
     return _Kept(function, list(devices), Path(folder), made_of)
 
 
+def is_known(function: Callable, *arguments) -> bool:
+    """Whether a function that `kept` gave has its program for such arguments, or `jax.ShapeDtypeStruct`s of them."""
+    return isinstance(function, _Kept) and function.path(arguments).is_file()
+
+
 class _Kept:
     def __init__(self, function: Callable, devices: list[jax.Device], folder: Path, made_of: tuple[str, ...]):
         self._function, self._devices, self._folder = function, devices, folder
-        self._made_of = (*made_of, str([device.id for device in devices]))
+        self._made_of, self._where = made_of, str([device.id for device in devices])
         self._programs: dict[tuple, Callable] = {}
 
     def __call__(self, *arguments):
-        leaves, tree = jax.tree.flatten(arguments)
-        given = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        given = self._given(arguments)
         if given not in self._programs:
-            self._programs[given] = self._find(arguments, given)
+            self._programs[given] = self._find(arguments)
         return self._programs[given](*arguments)
 
-    def _find(self, arguments: tuple, given: tuple) -> Callable:
-        digest = hashlib.sha256("\n".join([*_surroundings(), *self._made_of, *map(str, given)]).encode())
-        path = self._folder / f"{_PREFIX}{digest.hexdigest()}"
-        # Whatever a damaged or foreign file brings up: the program is compiled again.
+    def path(self, arguments: tuple) -> Path:
+        """Where the program for such arguments is kept."""
+        return self._path(_source(), *self._made_of, *map(str, self._given(arguments)))
+
+    @staticmethod
+    def _given(arguments: tuple) -> tuple:
+        leaves, tree = jax.tree.flatten(arguments)
+        return tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+    def _find(self, arguments: tuple) -> Callable:
+        path = self.path(arguments)
+        # Whatever a damaged or foreign file brings up: the program is made again.
         with contextlib.suppress(Exception):
             return _read(path, self._devices)
+        lowered = self._function.lower(*arguments)
+        twin = self._path(lowered.as_text(), str(lowered.out_tree), *map(str, self._given(arguments)))
+        with contextlib.suppress(Exception):
+            program = _read(twin, self._devices)
+            _name(twin, path)
+            return program
         events = []
         note = lambda event, **_: events.append(event)  # noqa: E731
         jax.monitoring.register_event_listener(note)
         try:
-            program = self._function.lower(*arguments).compile()
+            program = lowered.compile()
         finally:
             jax.monitoring.unregister_event_listener(note)
         # What JAX has read itself cannot be written once more: on a CPU it would lack its functions.
         if "/jax/compilation_cache/cache_hits" not in events:
             # Not every device's programs can be kept, and a disk may be full; the next start takes longer then.
             with contextlib.suppress(Exception):
-                _write(path, program)
+                _write(twin, program)
+                _name(twin, path)
         return program
+
+    def _path(self, *made_of: str) -> Path:
+        digest = hashlib.sha256("\n".join([*_surroundings(), self._where, *made_of]).encode())
+        return self._folder / f"{_PREFIX}{digest.hexdigest()}"
 
 
 def _read(path: Path, devices: list[jax.Device]) -> Callable:
@@ -88,30 +112,49 @@ def _read(path: Path, devices: list[jax.Device]) -> Callable:
 
 def _write(path: Path, program: jax.stages.Compiled) -> None:
     content = pickle.dumps(serialize_executable.serialize(program))
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with _part(path) as part:
         part.write_bytes(hashlib.sha256(content).digest() + content)
         part.rename(path)
+    others = sorted(path.parent.glob(f"{_PREFIX}{'?' * 64}"), key=lambda other: other.stat().st_mtime)
+    for other in others[: 1 - _MOST]:
+        other.unlink(missing_ok=True)
+
+
+def _name(path: Path, name: Path) -> None:
+    """Gives a file one more name, if the file system has it have two."""
+    with contextlib.suppress(OSError), _part(name) as part:
+        part.hardlink_to(path)
+        part.rename(name)
+
+
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[Path]:
+    """A name to write under before the file is whole."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
     finally:
         part.unlink(missing_ok=True)
-    others = sorted(path.parent.glob(f"{_PREFIX}{'?' * 64}"), key=lambda other: other.stat().st_mtime)
-    for other in others[:-_MOST]:
-        other.unlink(missing_ok=True)
+
+
+@functools.cache
+def _source() -> str:
+    """Digest of the source of this package."""
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    return source.hexdigest()
 
 
 @functools.cache
 def _surroundings() -> tuple[str, ...]:
-    """All that programs depend on and that stays the same in a process."""
-    package = Path(__file__).parent
-    source = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        source.update(path.read_bytes())
-    devices = jax.devices()
+    """All that programs depend on besides the source, and that stays the same in a process."""
+    devices, instructions = jax.devices(), ""
     # A program for a CPU is made for what that CPU can do.
     with contextlib.suppress(OSError):
-        source.update(_instructions().encode())
+        instructions = _instructions()
     return (
-        source.hexdigest(),
+        instructions,
         *(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "optax")),
         f"{sys.version} {platform.machine()}",
         devices[0].client.platform_version,

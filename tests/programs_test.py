@@ -33,6 +33,12 @@ class Traced:
         return programs.kept(self.function, jax.devices()[: self.devices], *made_of)
 
 
+def names(folder):
+    """Those of all files, and how many files they are."""
+    found = list(folder.glob("ralenet-*"))
+    return found, len({path.stat().st_ino for path in found})
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_program_is_found_without_tracing(devices, folder):
     first, second = Traced(devices), Traced(devices)
@@ -42,7 +48,18 @@ def test_a_program_is_found_without_tracing(devices, folder):
         for _ in range(2):
             np.testing.assert_array_equal(run({"x": X}, X[::-1])["out"], expected)
     assert (first.count, second.count) == (1, 0)
-    assert len(list(folder.glob("ralenet-*"))) == 1
+    assert names(folder)[1] == 1
+
+
+def test_it_is_known_which_programs_there_are():
+    function = Traced().kept("a")
+    like = {"x": jax.ShapeDtypeStruct(X.shape, X.dtype)}
+    assert not programs.is_known(function, like, like["x"])
+    function({"x": X}, X)
+    assert programs.is_known(Traced().kept("a"), like, like["x"])
+    assert not programs.is_known(Traced().kept("b"), like, like["x"])
+    assert not programs.is_known(function, {"x": X[:1]}, X)
+    assert not programs.is_known(Traced().function, like, like["x"])
 
 
 def test_what_goes_in_may_be_what_came_out():
@@ -71,11 +88,34 @@ def test_another_tree_is_another_program():
 
 def test_another_source_is_another_program(monkeypatch):
     Traced().kept("a")({"x": X}, X)
-    surroundings = programs._surroundings()
-    monkeypatch.setattr(programs, "_surroundings", lambda: ("changed", *surroundings[1:]))
+    monkeypatch.setattr(programs, "_source", lambda: "changed")
     changed = Traced(factor=3.0)
     np.testing.assert_array_equal(changed.kept("a")({"x": X}, X)["out"], 4 * X)
     assert changed.count == 1
+
+
+def test_what_another_source_makes_the_same_is_not_compiled_again(folder, monkeypatch):
+    Traced().kept("a")({"x": X}, X)
+    monkeypatch.setattr(programs, "_source", lambda: "changed")
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled again"))
+    for count in (1, 0):  # traced to know it, and then known
+        again = Traced()
+        np.testing.assert_array_equal(again.kept("b")({"x": X}, X)["out"], 3 * X)
+        assert again.count == count
+    found, files = names(folder)
+    assert (len(found), files) == (3, 1)
+
+
+def test_where_a_file_has_one_name_a_program_is_traced(folder, monkeypatch):
+    def refused(path, target):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(programs.Path, "hardlink_to", refused)
+    for _ in range(2):
+        traced = Traced()
+        np.testing.assert_array_equal(traced.kept("a")({"x": X}, X)["out"], 3 * X)
+        assert traced.count == 1
+    assert len(names(folder)[0]) == 1
 
 
 @pytest.mark.parametrize(
@@ -84,16 +124,27 @@ def test_another_source_is_another_program(monkeypatch):
         lambda patch: patch.setenv("XLA_FLAGS", "--xla_other=1"),
         lambda patch: patch.setattr(programs, "_instructions", lambda: "flags: none"),
         lambda patch: patch.setattr(programs, "version", lambda name: "0.0"),
-        lambda patch: patch.setattr(programs.Path, "read_bytes", lambda path: b"other source"),
     ],
 )
-def test_surroundings_tell_flags_machine_versions_and_source(change, monkeypatch):
+def test_surroundings_tell_flags_machine_and_versions(change, monkeypatch):
     surroundings = programs._surroundings.__wrapped__  # not what it found before
     before = surroundings()
     with monkeypatch.context() as patch:
         change(patch)
         assert surroundings() != before
     assert surroundings() == before
+
+
+def test_source_is_that_of_all_files(monkeypatch):
+    source = programs._source.__wrapped__
+    before, read = source(), programs.Path.read_bytes
+    for changed in ("ralenet.py", "programs.py"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                programs.Path, "read_bytes", lambda path, name=changed: read(path) + b"#" * (path.name == name)
+            )
+            assert source() != before
+    assert source() == before
 
 
 def test_surroundings_tell_the_settings_of_jax():
@@ -110,7 +161,7 @@ def test_surroundings_tell_the_settings_of_jax():
 @pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])])
 def test_a_damaged_file_is_not_used(folder, damage):
     Traced().kept("a")({"x": X}, X)
-    [path] = folder.glob("ralenet-*")
+    path = names(folder)[0][0]
     path.write_bytes(damage(path.read_bytes()))
     traced = Traced()
     np.testing.assert_array_equal(traced.kept("a")({"x": X}, X)["out"], 3 * X)
@@ -138,11 +189,13 @@ def test_old_programs_go(folder, monkeypatch):
 
 def test_what_jax_has_kept_is_not_kept_twice(folder):
     Traced().kept("a")({"x": X}, X)
-    for made_of in ("b", "b"):  # the same program, though nothing told so
+    for path in names(folder)[0]:
+        path.unlink()
+    for _ in range(2):
         again = Traced()
-        np.testing.assert_array_equal(again.kept(made_of)({"x": X}, X)["out"], 3 * X)
+        np.testing.assert_array_equal(again.kept("a")({"x": X}, X)["out"], 3 * X)
         assert again.count == 1
-    assert len(list(folder.glob("ralenet-*"))) == 1
+    assert names(folder)[0] == []
 
 
 @pytest.mark.parametrize("cache", [None, "no/such/folder"])
