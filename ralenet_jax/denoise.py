@@ -57,18 +57,22 @@ class Denoiser:
         if sampling_rate != streaming.RATE:
             raise UserError(f"the model's sampling rate is {sampling_rate!r}; expected {streaming.RATE:g} Hz")
         self._devices = list(jax.devices() if devices is None else devices)
-        _check_model(model, variables, window)
         self._model, self._variables, self._window, self._gate = model, variables, window, gate
         on_cpu = self._devices[0].platform == "cpu"
         self._runner = _Runner(model, variables, self._devices, _CPU_BATCH if on_cpu else _BATCH)
+        # What has run is known to go together; to find out takes as long as all else that is not an import.
+        if not self._runner.is_known(window):
+            _check_model(model, variables, window)
 
     @classmethod
     def from_pretrained(cls, **options) -> "Denoiser":
         """With the weights that come with the package; raises `UserError` if this installation lacks them."""
+        from ralenet_jax import export  # it imports what training needs
+
         with resources.as_file(resources.files("ralenet_jax").joinpath(_WEIGHTS)) as path:
             if not path.is_file():
                 raise UserError(f"this installation has no {_WEIGHTS}; name a --workdir or a file of weights")
-            return cls.from_file(path, **options)
+            return cls._of(*export.load_own(path), path, options)
 
     @classmethod
     def from_file(cls, path: str | Path, **options) -> "Denoiser":
@@ -77,9 +81,14 @@ class Denoiser:
         Raises:
             UserError: for another file, and for a model that was not trained on windows of whole recordings.
         """
-        from ralenet_jax import export, state  # it imports what training needs
+        from ralenet_jax import export
 
-        config, variables = export.load(path)
+        return cls._of(*export.load(path), path, options)
+
+    @classmethod
+    def _of(cls, config, variables: Any, path: str | Path, options: dict[str, Any]) -> "Denoiser":
+        from ralenet_jax import state
+
         _check_training(config, path)
         return cls(state.model_from_config(config, steps.AXIS), variables, **options)
 
@@ -227,10 +236,19 @@ class _Runner:
     """The model on devices, in batches of one size, so that it is compiled once."""
 
     def __init__(self, model, variables: Any, devices: Sequence[jax.Device], batch: int):
-        self._apply = programs.kept(steps.build_denoiser(model, devices), devices, repr(model))
+        self._apply = steps.build_denoiser(model, devices)
+        # What a model of someone else's computes may have changed since.
+        if type(model).__module__.partition(".")[0] == __package__:
+            self._apply = programs.kept(self._apply, devices, repr(model))
         self._variables = steps.replicate(variables, devices)
         self._shape = (len(devices), batch)
         self.size = len(devices) * batch
+
+    def is_known(self, window: int) -> bool:
+        """Whether its program for windows of so many samples is kept."""
+        shapes = ((window, 2), np.float32), ((streaming.MOST_PEAKS,), np.int32), ((streaming.MOST_PEAKS,), bool)
+        given = [jax.ShapeDtypeStruct((*self._shape, *shape), dtype) for shape, dtype in shapes]
+        return programs.is_known(self._apply, self._variables, *given)
 
     def send(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Starts work on windows `[N, L, 2]`, R peaks and mask; the last batch is filled up."""

@@ -114,7 +114,21 @@ def load(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
     Raises:
         UserError: if the file is missing, damaged or not of this version; it names the first weight that is wrong.
     """
-    path = Path(path)
+    config, window, arrays = _read(Path(path))
+    expected = _expected(config, window, path)
+    for name in sorted(expected.keys() | arrays.keys()):
+        _check(name, arrays.get(name), expected.get(name), config.model.name, path)
+    return config, _nested(arrays)
+
+
+def load_own(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
+    """As `load`, for a file that comes with the package: to know what its weights should be takes most of the time."""
+    config, _, arrays = _read(Path(path))
+    return config, _nested(arrays)
+
+
+def _read(path: Path) -> tuple[ConfigDict, Any, dict[str, Any]]:
+    """The configuration of a file of weights, the window that it tells of, and what arrays it holds, by name."""
     if path.suffix not in _READERS:
         raise UserError(f"{path} is no file of weights; expected one that ends in {', '.join(_READERS)}")
     try:
@@ -130,16 +144,16 @@ def load(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
     except Exception as error:
         raise UserError(f"{path} is damaged or no {path.suffix[1:]} file ({reason(error)}); export it anew") from error
     config = checkpoint.typed_config(settings, path)
-    expected = _expected(config, window, path)
     # Half the size for the weights that come along; they are used as float32 all the same.
     half = {name: np.asarray(array, np.float32) for name, array in arrays.items() if _is_half(array)}
-    arrays |= half
-    for name in sorted(expected.keys() | arrays.keys()):
-        _check(name, arrays.get(name), expected.get(name), config.model.name, path)
-    return config, {"params": {}, "batch_stats": {}} | flax.traverse_util.unflatten_dict(arrays, sep="/")
+    return config, window, arrays | half
 
 
-def _expected(config: ConfigDict, window: Any, path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {"params": {}, "batch_stats": {}} | flax.traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def _expected(config: ConfigDict, window: Any, path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the weights, by name, that the model of a configuration has."""
     is_pair = isinstance(window, list) and [type(number) for number in window] == [int, int]
     if not (is_pair and 0 < window[0] <= _LONGEST and 0 < window[1] <= _MOST_LEADS):
@@ -153,7 +167,7 @@ def _expected(config: ConfigDict, window: Any, path: Path) -> dict[str, jax.Shap
         raise UserError(f"{path} tells of windows {window}, which its model does not take; export it anew") from error
 
 
-def _check(name: str, array: Any, expected: jax.ShapeDtypeStruct | None, model: str, path: Path) -> None:
+def _check(name: str, array: Any, expected: jax.ShapeDtypeStruct | None, model: str, path: str | Path) -> None:
     told = "is missing" if array is None else "is unknown"
     if array is not None and expected is not None:
         found = f"{getattr(array, 'dtype', type(array).__name__)} {list(np.shape(array))}"

@@ -408,6 +408,22 @@ def test_models_of_other_windows_are_told():
         denoiser(Identity(), sampling_rate=500.0)
 
 
+def test_a_model_of_someone_elses_that_was_changed_is_another(model_alone):
+    def scaled(factor):
+        class Scaled(nn.Module):
+            def __call__(self, x, r_peak=None, r_mask=None):
+                return factor * x
+
+        return Scaled()
+
+    noisy, found = ecg(4, 360, noise=0.1), []
+    for factor in (1.0, 0.5):
+        assert repr(scaled(factor)) == repr(scaled(1.0))
+        found.append(denoiser(scaled(factor))(noisy, 360))
+    np.testing.assert_allclose(found[0], noisy, atol=1e-6)
+    assert np.abs(found[1] - noisy).max() > 0.1
+
+
 def test_weights_from_a_file(monkeypatch, tmp_path):
     from ralenet_jax import state
 
