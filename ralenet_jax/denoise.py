@@ -60,7 +60,7 @@ class Denoiser:
         self._model, self._variables, self._window, self._gate = model, variables, window, gate
         on_cpu = self._devices[0].platform == "cpu"
         self._runner = _Runner(model, variables, self._devices, _CPU_BATCH if on_cpu else _BATCH)
-        # What has run is known to go together; to find out takes as long as all else that is not an import.
+        # What has run before is known to go together; to find out takes half a second and more.
         if not self._runner.is_known(window):
             _check_model(model, variables, window)
 

@@ -114,7 +114,8 @@ def load(path: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
     Raises:
         UserError: if the file is missing, damaged or not of this version; it names the first weight that is wrong.
     """
-    config, window, arrays = _read(Path(path))
+    path = Path(path)
+    config, window, arrays = _read(path)
     expected = _expected(config, window, path)
     for name in sorted(expected.keys() | arrays.keys()):
         _check(name, arrays.get(name), expected.get(name), config.model.name, path)
@@ -153,7 +154,7 @@ def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
     return {"params": {}, "batch_stats": {}} | flax.traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def _expected(config: ConfigDict, window: Any, path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+def _expected(config: ConfigDict, window: Any, path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the weights, by name, that the model of a configuration has."""
     is_pair = isinstance(window, list) and [type(number) for number in window] == [int, int]
     if not (is_pair and 0 < window[0] <= _LONGEST and 0 < window[1] <= _MOST_LEADS):
@@ -167,7 +168,7 @@ def _expected(config: ConfigDict, window: Any, path: str | Path) -> dict[str, ja
         raise UserError(f"{path} tells of windows {window}, which its model does not take; export it anew") from error
 
 
-def _check(name: str, array: Any, expected: jax.ShapeDtypeStruct | None, model: str, path: str | Path) -> None:
+def _check(name: str, array: Any, expected: jax.ShapeDtypeStruct | None, model: str, path: Path) -> None:
     told = "is missing" if array is None else "is unknown"
     if array is not None and expected is not None:
         found = f"{getattr(array, 'dtype', type(array).__name__)} {list(np.shape(array))}"

@@ -43,6 +43,13 @@ def test_a_file_made_by_other_means_is_loaded(small, tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, loaded, small.variables)
 
 
+def test_the_weights_that_come_along_need_no_check():
+    path = Path(export.__file__).with_name("weights") / "blind.safetensors"
+    (config, checked), (own_config, own) = export.load(path), export.load_own(path)
+    assert own_config.to_dict() == config.to_dict()
+    jax.tree.map(np.testing.assert_array_equal, own, checked)
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_of_half_the_size_are_loaded_as_float32(small, tmp_path, name):
     halves = {key: array.astype(np.float16) for key, array in flat(small.variables).items()}

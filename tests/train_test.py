@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ralenet_jax import checkpoint, evaluate, main, train
+from ralenet_jax import checkpoint, evaluate, main, optim, state, train
 from ralenet_jax.errors import UserError
 from ralenet_jax.main import load_config
 from ralenet_jax.writer import read_history
@@ -183,6 +183,17 @@ def test_finished_run_is_left_alone_and_may_be_prolonged(data_dir, tmp_path, cap
     assert [start["step"] for start in result["trained_from"]] == [0, 8]
     assert result["trained_from"][0]["versions"]["jax"] == jax.__version__
     assert result["trained_from"][0]["window"] == [256, 2]
+
+
+def test_initial_values_are_those_of_the_seed_also_from_a_kept_program(data_dir):
+    made = []
+    for seed in (0, 1, 0):  # the last one is found
+        config = _config(data_dir, f"seed={seed}")
+        run = train._Run(config)
+        expected = state.create_state(run.model, optim.build_optimizer(config, 1), seed, run.train_windows.shape)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.state), jax.device_get(expected))
+        made.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(run.state.params)]))
+    assert (made[0] != made[1]).any()
 
 
 def test_workdir_of_another_configuration_is_refused(data_dir, tmp_path):
