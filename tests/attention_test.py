@@ -133,3 +133,17 @@ def test_large_bias_does_not_overflow(bias, expected):
     zeros, value = jnp.zeros((1, 1, 1, 2)), jnp.array([[[[5.0, 7.0]]]])
     for_key_1 = jnp.array([[[0.0, 0.0], [bias, bias]]])
     np.testing.assert_allclose(attend(zeros, zeros, value, for_key_1, 0), np.full((1, 1, 1, 2), expected))
+
+
+@pytest.mark.parametrize(("low", "high", "within"), [(-1, 1, 3e-7), (-16, 16, 2e-6), (-87, 69, 5e-6)])
+def test_exponentials_for_one_user_are_those_of_float64(low, high, within):
+    x = np.linspace(low, high, 200_001, dtype=np.float32).reshape(1, 1, 1, -1)
+    np.testing.assert_allclose(jax.jit(attention._exp)(x), np.exp(x.astype(np.float64)), rtol=within)
+
+
+def test_exponentials_for_one_user_of_what_is_out_of_range():
+    x = jnp.array([-88.0, -1e30, -np.inf, np.nan]).reshape(1, 1, 1, -1)
+    seen = np.ravel(jax.jit(attention._exp)(x))
+    assert (seen[:3] > 0).all()
+    assert (seen[:3] < 2e-38).all()
+    assert np.isnan(seen[3])
