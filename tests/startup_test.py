@@ -61,12 +61,22 @@ def test_devices_in_use_stay_as_they_are():
 
 def test_wide_vectors_where_the_cpu_has_them(config):
     startup.start_jax()
-    assert os.environ["XLA_FLAGS"] == "--xla_cpu_prefer_vector_width=512"
+    assert "--xla_cpu_prefer_vector_width=512" in os.environ["XLA_FLAGS"].split()
+
+
+def test_loops_stay_rolled(config, monkeypatch):
+    config.cpu = ""
+    startup.start_jax()
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_optimize_for_size=true")
+    startup.start_jax()
+    assert os.environ["XLA_FLAGS"] == "--xla_backend_extra_options=xla_cpu_optimize_for_size=true"
 
 
 @pytest.mark.parametrize("reason", ["no AVX-512", "said before", "a version that was not tried"])
 def test_vectors_stay_as_they_are(config, monkeypatch, reason):
     flags = "--xla_cpu_prefer_vector_width=128" if reason == "said before" else "--xla_a=1"
+    flags += " --xla_backend_extra_options=b=1"
     monkeypatch.setenv("XLA_FLAGS", flags)
     if reason == "no AVX-512":
         config.cpu = "flags\t: sse2 avx2\n"
@@ -79,13 +89,10 @@ def test_vectors_stay_as_they_are(config, monkeypatch, reason):
 def test_kernels_overlap_where_jax_has_cuda(config, monkeypatch):
     config.cpu = ""
     monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin" or None)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_graph_enable_concurrent_region=false")
+    said = "--xla_gpu_graph_enable_concurrent_region=false --xla_backend_extra_options=b=1"
+    monkeypatch.setenv("XLA_FLAGS", said)
     startup.start_jax()
-    said, ours = os.environ["XLA_FLAGS"].split()
-    assert (said, ours) == (
-        "--xla_gpu_graph_enable_concurrent_region=false",
-        "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
-    )
+    assert os.environ["XLA_FLAGS"] == f"{said} --xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
 
 
 def test_programs_are_kept_in_the_users_cache_folder(config, tmp_path):
