@@ -3,16 +3,18 @@
 JAX keeps what XLA compiled, but traces and lowers every program anew to know what to look for, which takes a third of a
 start with everything compiled. Here a program is found by what it is made of: the source of this package, versions,
 devices, settings and the arguments' shapes; and where another version of this package made the same of it, by what was
-lowered, as JAX finds it. A file has a name for each.
+lowered, as JAX finds it. A file has a name for each. What is kept here JAX does not keep as well.
 """
 
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import pickle
 import platform
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +24,7 @@ from jax.experimental import serialize_executable
 
 from ralenet_jax import startup
 
-_MOST = 64  # names of programs: those used longest ago go
+_MOST = 256  # names of programs, six for each configuration that is trained: those used longest ago go
 _PREFIX = "ralenet-"
 
 
@@ -80,15 +82,8 @@ class _Kept:
             program = _read(twin, self._devices)
             _name(twin, path)
             return program
-        events = []
-        note = lambda event, **_: events.append(event)  # noqa: E731
-        jax.monitoring.register_event_listener(note)
-        try:
-            program = lowered.compile()
-        finally:
-            jax.monitoring.unregister_event_listener(note)
-        # What JAX has read itself cannot be written once more: on a CPU it would lack its functions.
-        if "/jax/compilation_cache/cache_hits" not in events:
+        program, is_new = _compile(lowered)
+        if is_new:
             # Not every device's programs can be kept, and a disk may be full; the next start takes longer then.
             with contextlib.suppress(Exception):
                 _write(twin, program)
@@ -100,18 +95,36 @@ class _Kept:
         return self._folder / f"{_PREFIX}{digest.hexdigest()}"
 
 
+def _compile(lowered: jax.stages.Lowered) -> tuple[Callable, bool]:
+    """The compiled program, and whether it is not one that JAX has kept.
+
+    Such a one cannot be written once more: on a CPU it would lack its functions. So JAX is to keep none.
+    """
+    events, setting = [], "jax_persistent_cache_min_compile_time_secs"
+    note, shortest = lambda event, **_: events.append(event), jax.config.values[setting]
+    jax.monitoring.register_event_listener(note)
+    jax.config.update(setting, math.inf)
+    try:
+        program = lowered.compile()
+    finally:
+        jax.config.update(setting, shortest)
+        jax.monitoring.unregister_event_listener(note)
+    return program, "/jax/compilation_cache/cache_hits" not in events
+
+
 def _read(path: Path, devices: list[jax.Device]) -> Callable:
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise ValueError(f"{path} is damaged")
-    program = serialize_executable.deserialize_and_load(*pickle.loads(content[32:]), execution_devices=devices)
+    parts = pickle.loads(zlib.decompress(content[32:]))
+    program = serialize_executable.deserialize_and_load(*parts, execution_devices=devices)
     with contextlib.suppress(OSError):
         os.utime(path)
     return program
 
 
 def _write(path: Path, program: jax.stages.Compiled) -> None:
-    content = pickle.dumps(serialize_executable.serialize(program))
+    content = zlib.compress(pickle.dumps(serialize_executable.serialize(program)), 1)
     with _part(path) as part:
         part.write_bytes(hashlib.sha256(content).digest() + content)
         part.rename(path)

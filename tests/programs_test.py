@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from ralenet_jax import programs
 
@@ -13,8 +14,10 @@ X = np.arange(6, dtype=np.float32).reshape(2, 3)
 def folder(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compilation_cache.reset_cache()  # or JAX stays with the folder that it has
     yield tmp_path
     jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 class Traced:
@@ -188,14 +191,27 @@ def test_old_programs_go(folder, monkeypatch):
 
 
 def test_what_jax_has_kept_is_not_kept_twice(folder):
-    Traced().kept("a")({"x": X}, X)
-    for path in names(folder)[0]:
-        path.unlink()
+    np.testing.assert_array_equal(Traced().function({"x": X}, X)["out"], 3 * X)
+    assert list(folder.glob("*-cache"))
     for _ in range(2):
         again = Traced()
         np.testing.assert_array_equal(again.kept("a")({"x": X}, X)["out"], 3 * X)
         assert again.count == 1
     assert names(folder)[0] == []
+
+
+def test_what_is_kept_jax_does_not_keep_too(folder):
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    Traced().kept("a")({"x": X}, X)
+    assert not list(folder.glob("*-cache"))
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == before
+    # So what has been lost can be kept anew.
+    for path in names(folder)[0]:
+        path.unlink()
+    for count in (1, 0):
+        again = Traced()
+        np.testing.assert_array_equal(again.kept("a")({"x": X}, X)["out"], 3 * X)
+        assert again.count == count
 
 
 @pytest.mark.parametrize("cache", [None, "no/such/folder"])
