@@ -3,7 +3,7 @@
 JAX keeps what XLA compiled, but traces and lowers every program anew to know what to look for, which takes a third of a
 start with everything compiled. Here a program is found by what it is made of: the source of this package, versions,
 devices, settings and the arguments' shapes; and where another version of this package made the same of it, by what was
-lowered, as JAX finds it. A file has a name for each. What is kept here JAX does not keep as well.
+lowered, as JAX finds it. A file has a name for each. What is kept here for a CPU JAX does not keep as well.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ class _Kept:
             program = _read(twin, self._devices)
             _name(twin, path)
             return program
-        program, is_new = _compile(lowered)
+        program, is_new = _compile(lowered, self._devices[0].platform == "cpu")
         if is_new:
             # Not every device's programs can be kept, and a disk may be full; the next start takes longer then.
             with contextlib.suppress(Exception):
@@ -95,15 +95,15 @@ class _Kept:
         return self._folder / f"{_PREFIX}{digest.hexdigest()}"
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[Callable, bool]:
+def _compile(lowered: jax.stages.Lowered, for_cpu: bool) -> tuple[Callable, bool]:
     """The compiled program, and whether it is not one that JAX has kept.
 
-    Such a one cannot be written once more: on a CPU it would lack its functions. So JAX is to keep none.
+    Such a one cannot be written once more: for a CPU it would lack its functions. So there JAX is to keep none.
     """
     events, setting = [], "jax_persistent_cache_min_compile_time_secs"
     note, shortest = lambda event, **_: events.append(event), jax.config.values[setting]
     jax.monitoring.register_event_listener(note)
-    jax.config.update(setting, math.inf)
+    jax.config.update(setting, math.inf if for_cpu else shortest)
     try:
         program = lowered.compile()
     finally:
