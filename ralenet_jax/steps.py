@@ -130,16 +130,38 @@ def _pmap(
     return jax.pmap(traced, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, devices=devices, donate_argnums=donate)
 
 
-def _ravelled(params: Any) -> tuple[jax.Array, Callable]:
-    """All parameters in one vector, and what gives them back; for where there are kernels."""
+def _ravelled(params: Any, told: jax.Array) -> tuple[jax.Array, Callable]:
+    """All parameters in one vector, and what gives them back; for GPUs with kernels, and for CPUs.
+
+    `told` is True; XLA is to learn so only when the program runs.
+    """
     vector, _ = ravel_pytree(params)
     leaves, tree = jax.tree.flatten(params)
+    sizes = tuple(leaf.size for leaf in leaves)
+    split = functools.partial(gpu_kernels.split, sizes=sizes) if gpu_kernels.usable() else _build_split(sizes, told)
 
     def unravel(vector):
-        parts = gpu_kernels.split(vector, tuple(leaf.size for leaf in leaves))
-        return tree.unflatten(part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
+        return tree.unflatten(part.reshape(leaf.shape) for part, leaf in zip(split(vector), leaves, strict=True))
 
     return vector, unravel
+
+
+def _build_split(sizes: tuple[int, ...], told: jax.Array) -> Callable:
+    """Builds `vector → its consecutive parts`, of these sizes, for CPUs.
+
+    XLA compiles a kernel for every place in a vector that it knows. Of places that it learns when the program runs
+    it compiles one for every shape, a third fewer in a training: as if it were not known that `told` is True.
+    """
+    places = [sum(sizes[:i]) for i in range(len(sizes))]
+    places = jax.lax.cond(told, lambda: [jnp.int32(at) for at in places], lambda: [jnp.int32(0) for _ in places])
+
+    @jax.custom_vjp
+    def split(vector, places):
+        some = zip(places, sizes, strict=True)
+        return [jax.lax.dynamic_slice(vector, (at,), (size,), allow_negative_indices=False) for at, size in some]
+
+    split.defvjp(lambda *given: (split(*given), None), lambda _, gradients: (jnp.concatenate(gradients), None))
+    return lambda vector: split(vector, places)
 
 
 def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Sequence[jax.Device]) -> Callable:
@@ -152,9 +174,9 @@ def build_train_block(model, optimizer, protocol: str, fresh: bool, devices: Seq
 
     def train_block(state, block, count, source, key):
         params, unravel, length = state.params, None, block["id"].shape[0]
-        if gpu_kernels.usable() and not hasattr(model, "FROZEN"):
+        if (gpu_kernels.usable() or gpu_kernels.target() == "cpu") and not hasattr(model, "FROZEN"):
             # One vector instead of three hundred arrays: to add the updates is one kernel, not three hundred.
-            params, unravel = _ravelled(params)
+            params, unravel = _ravelled(params, count >= 0)
         # A GPU that has to be asked after every step whether there is another one stands still meanwhile.
         all_steps = gpu_kernels.usable()
 
