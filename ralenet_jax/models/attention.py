@@ -121,7 +121,7 @@ def _join(pieces):
 
 
 def _forward(query, key, value, bias, inside, low, exp=jnp.exp):
-    logits = _logits(key, query) - _highest(key, query)
+    logits = _logits(key, query)[0] - _highest(key, query)
     if inside is not None:
         logits += jnp.where(_together(inside), _kept(bias)[:, None], 0.0)
     elif bias is not None:
@@ -134,19 +134,29 @@ def _forward(query, key, value, bias, inside, low, exp=jnp.exp):
     return out, (query, key, value, bias, inside, weights, scale, out)
 
 
-def _logits(left, right):
-    """`[H, D, B, M]`, `[H, D, B, N]` → their products `[H, B, M, N]`."""
+def _logits(left, right, parts=1):
+    """`[H, D, B, M]`, `[H, D, B, N]` → their products `[H, B, M / parts, N]`, one for each part of the left samples."""
     if not _for_cpu(left.shape[2]):
-        return _product(_channels_last(left), _examples_first(right))
-    left, right = left.astype(jnp.float32), right.astype(jnp.float32)
-    return sum(left[:, i, :, :, None] * right[:, i, :, None] for i in range(left.shape[1]))
+        return [_product(_channels_last(part), _examples_first(right)) for part in jnp.split(left, parts, 3)]
+    left, right = (
+        [jax.lax.index_in_dim(x.astype(jnp.float32), i, 1, keepdims=False) for i in range(x.shape[1])]
+        for x in (left, right)
+    )
+    shape = *left[0].shape[:2], left[0].shape[2] // parts, right[0].shape[2]
+    columns = [jax.lax.broadcast_in_dim(channel, shape, (0, 1, 3)) for channel in right]
+
+    def product(first):
+        rows = (jax.lax.slice_in_dim(channel, first, first + shape[2], axis=2) for channel in left)
+        rows = (jax.lax.broadcast_in_dim(row, shape, (0, 1, 2)) for row in rows)
+        return functools.reduce(jax.lax.add, map(jax.lax.mul, rows, columns))
+
+    return [product(part * shape[2]) for part in range(parts)]
 
 
 def _highest(key, query):
     """The highest logit of each query, `[H, B, 1, Q]`: of every four keys first, so that a quarter is written."""
     parts = next(parts for parts in (4, 2, 1) if key.shape[3] % parts == 0)
-    logits = [_logits(part, query) for part in jnp.split(key, parts, 3)]
-    return _apart(_apart(functools.reduce(jnp.maximum, logits)).max(2, keepdims=True))
+    return _apart(_apart(functools.reduce(jnp.maximum, _logits(key, query, parts))).max(2, keepdims=True))
 
 
 def _exp(x):
@@ -167,7 +177,7 @@ def _exp(x):
 
 def _kept(bias):
     """The bias as an array of its own: XLA makes what is cheap anew for every logit, but joins arrays only once."""
-    bias = bias.clip(-_MOST_BIAS, _MOST_BIAS)
+    bias = jax.lax.clamp(np.float32(-_MOST_BIAS), bias, np.float32(_MOST_BIAS))
     return jnp.concatenate(jax.lax.optimization_barrier((bias[:, :1], bias[:, 1:])), 1)
 
 
@@ -194,7 +204,7 @@ def _backward(residuals, low, d_out):
     d_sum = d_out * scale[:, None]
     shift = _apart((d_sum * out).sum(1))
     d_sum = d_sum.astype(value.dtype)
-    d_logits = _apart(weights * (_logits(value, d_sum) - shift[:, :, None]))
+    d_logits = _apart(weights * (_logits(value, d_sum)[0] - shift[:, :, None]))
     factor = d_logits.astype(value.dtype)
     d_query = jnp.swapaxes(_examples_first(key) @ factor, 1, 2)
     d_key = _channels_second(factor @ _channels_last(query))

@@ -6,6 +6,9 @@ Every layer computes in the dtype of its input, but for means, variances, GELU a
 always float32, as the parameters are.
 """
 
+import functools
+import operator
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,8 +43,8 @@ def gelu(x):
 
 def _shifts(x):
     """The sample before, at and after each place, zero beyond the edges: three times `[..., L]`."""
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 1)])
-    return [padded[..., i : i + x.shape[-1]] for i in range(3)]
+    padded = jax.lax.pad(x, x.dtype.type(0), [(0, 0, 0)] * (x.ndim - 1) + [(1, 1, 0)])
+    return [jax.lax.slice_in_dim(padded, i, i + x.shape[-1], axis=x.ndim - 1) for i in range(3)]
 
 
 def mix(x, kernel):
@@ -50,9 +53,14 @@ def mix(x, kernel):
     return (kernel.T.astype(x.dtype) @ x.reshape(channels, batch * length)).reshape(-1, batch, length)
 
 
-def each_channel(x):
-    """`[C]` → `[C, 1, 1]`."""
-    return x[:, None, None]
+def each_channel(values, x):
+    """`[C]` → the shape and dtype of x, `[C, B, L]`."""
+    return jax.lax.broadcast_in_dim(values.astype(x.dtype), x.shape, (0,))
+
+
+def each_sample(values, x):
+    """`[B, L]` → the shape of x, `[C, B, L]`."""
+    return jax.lax.broadcast_in_dim(values, x.shape, (1, 2))
 
 
 def add(x, added):
@@ -60,7 +68,7 @@ def add(x, added):
     if added is None:
         return x
     y, bias = added
-    return x + (y if bias is None else y + each_channel(bias.astype(x.dtype)))
+    return x + (y if bias is None else y + each_channel(bias, y))
 
 
 class Weights(nn.Module):
@@ -84,7 +92,7 @@ class Dense(Weights):
         """`[C, B, L]` → `[features, B, L]`."""
         kernel, bias = super().__call__(len(x))
         y = mix(x, kernel)
-        return y if bias is None else y + each_channel(bias.astype(x.dtype))
+        return y if bias is None else y + each_channel(bias, y)
 
 
 class LayerNorm(nn.Module):
@@ -112,9 +120,9 @@ class LayerNorm(nn.Module):
         y = x.astype(jnp.float32)
         if table is not None:
             y = y * np.float32(factor) + table[:, None]
-        y -= y.mean(0, keepdims=True)
-        var = jnp.square(y).mean(0, keepdims=True)
-        y = y * jax.lax.rsqrt(var + self.epsilon) * each_channel(scale) + each_channel(bias)
+        y -= each_sample(y.mean(0), y)
+        var = jnp.square(y).mean(0)
+        y = y * each_sample(jax.lax.rsqrt(var + self.epsilon), y) * each_channel(scale, y) + each_channel(bias, y)
         return y.astype(x.dtype), x
 
 
@@ -160,8 +168,9 @@ class Attention(nn.Module):
                 jnp.concatenate([of_query * HEAD_DIM**-0.5, others], -1)
                 for of_query, others in zip(query, key_value, strict=True)
             )
-            with_one = jnp.pad(x, [(0, 1), (0, 0), (0, 0)], constant_values=1)
-            features = mix(with_one, jnp.concatenate([kernel, offset[None]])).reshape(3, -1, HEAD_DIM, batch, length)
+            with_one = jax.lax.pad(x, x.dtype.type(1), [(0, 1, 0), (0, 0, 0), (0, 0, 0)])
+            features = mix(with_one, jnp.concatenate([kernel, offset[None]])).reshape(-1, HEAD_DIM, batch, length)
+            features = jnp.split(features, 3)
             # Initial values do not depend on it, and to trace it takes a third of the time to draw them.
             y = features[0] if self.is_initializing() else attend(*features, bias, start, inside)
             y = y.reshape(x.shape)
@@ -180,10 +189,11 @@ class LocalConv(nn.Module):
         kernel = self.param("kernel", uniform(3), (3, 1, self.convolved))
         if self.convolved == 1 and gpu_kernels.usable(*x.shape[::2]):
             return gpu_kernels.local_enhancement(x, bias, kernel.ravel())
-        x = gelu(x + each_channel(bias.astype(x.dtype)))
-        taps = zip(_shifts(x[: self.convolved]), kernel.astype(x.dtype), strict=True)
-        convolved = sum(shift * each_channel(weight[0]) for shift, weight in taps)
-        return gelu(jnp.concatenate([convolved, x[self.convolved :]]))
+        x = gelu(x + each_channel(bias, x))
+        convolved, rest = jnp.split(x, [self.convolved])
+        taps = zip(_shifts(convolved), kernel[:, 0], strict=True)
+        convolved = functools.reduce(operator.add, (shift * each_channel(weight, shift) for shift, weight in taps))
+        return gelu(jnp.concatenate([convolved, rest]))
 
 
 class EfficientChannelAttention(nn.Module):
@@ -211,7 +221,7 @@ class FeedForward(nn.Module):
         kernel, offset = Weights(4 * channels, name="expand")(channels)
         hidden = mix(x, kernel)
         if self.local_enhancement == "none":
-            hidden = gelu(hidden + each_channel(offset.astype(x.dtype)))
+            hidden = gelu(hidden + each_channel(offset, hidden))
         else:
             convolved = 1 if self.local_enhancement == "partial" else 4 * channels
             hidden = LocalConv(convolved, name="local")(hidden, offset)
@@ -219,7 +229,7 @@ class FeedForward(nn.Module):
         y = mix(hidden, kernel)
         if not self.efficient_channel_attention:
             return y, offset
-        return EfficientChannelAttention(name="channel_attention")(y + each_channel(offset.astype(x.dtype))), None
+        return EfficientChannelAttention(name="channel_attention")(y + each_channel(offset, y)), None
 
 
 class Block(nn.Module):
