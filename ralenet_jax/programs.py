@@ -58,9 +58,12 @@ class _Kept:
 
     def __call__(self, *arguments):
         given = self._given(arguments)
-        if given not in self._programs:
-            self._programs[given] = self._find(arguments)
-        return self._programs[given](*arguments)
+        if given in self._programs:
+            return self._programs[given](*arguments)
+        self._programs[given], keep = self._find(arguments)
+        results = self._programs[given](*arguments)
+        keep()  # while the devices compute
+        return results
 
     def path(self, arguments: tuple) -> Path:
         """Where the program for such arguments is kept."""
@@ -71,24 +74,25 @@ class _Kept:
         leaves, tree = jax.tree.flatten(arguments)
         return tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
-    def _find(self, arguments: tuple) -> Callable:
+    def _find(self, arguments: tuple) -> tuple[Callable, Callable[[], None]]:
+        """The program for such arguments, and what keeps it."""
         path = self.path(arguments)
         # Whatever a damaged or foreign file brings up: the program is made again.
         with contextlib.suppress(Exception):
-            return _read(path, self._devices)
+            return _read(path, self._devices), lambda: None
         lowered = self._function.lower(*arguments)
         twin = self._path(lowered.as_text(), str(lowered.out_tree), *map(str, self._given(arguments)))
         with contextlib.suppress(Exception):
-            program = _read(twin, self._devices)
-            _name(twin, path)
-            return program
+            return _read(twin, self._devices), lambda: _name(twin, path)
         program, is_new = _compile(lowered, self._devices[0].platform == "cpu")
-        if is_new:
+
+        def keep():
             # Not every device's programs can be kept, and a disk may be full; the next start takes longer then.
             with contextlib.suppress(Exception):
                 _write(twin, program)
                 _name(twin, path)
-        return program
+
+        return program, keep if is_new else lambda: None
 
     def _path(self, *made_of: str) -> Path:
         digest = hashlib.sha256("\n".join([*_surroundings(), self._where, *made_of]).encode())
