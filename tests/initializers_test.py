@@ -1,7 +1,9 @@
 """Initial values: the bound by hand, and that the host's draws take the place of JAX's."""
 
+import flax
 import jax
 import numpy as np
+import pytest
 
 from ralenet_jax.models import build_model, initializers
 
@@ -38,3 +40,13 @@ def test_a_whole_model_is_drawn_alike():
     assert 0.99 * 128**-0.5 < np.abs(block["feed_forward"]["project"]["kernel"]).max() <= 128**-0.5
     np.testing.assert_array_equal(block["attention_norm"]["scale"], np.ones(32))
     np.testing.assert_array_equal(drawn["r_wave0"]["table"], np.zeros((63, 2)))
+
+
+def test_parameters_of_another_shape_are_refused():
+    model, x = build_model("ralenet_mlp"), np.zeros((1, 256, 2), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    variables["params"]["encoder2_1"]["attention"]["query"]["bias"] = np.zeros(31, np.float32)
+    message = r'"bias" in ".*encoder2_1.*/attention/query".* \(32,\), .* \(31,\)'
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=message):
+        jax.eval_shape(model.apply, variables, x)

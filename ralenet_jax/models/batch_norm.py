@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from ralenet_jax.errors import UserError
+from ralenet_jax.models.initializers import parameter
 
 
 class BatchNorm(nn.Module):
@@ -39,8 +40,8 @@ class BatchNorm(nn.Module):
         channels = (x.shape[channel_axis],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels)
-        scale = self.param("scale", nn.initializers.ones, channels)
-        bias = self.param("bias", nn.initializers.zeros, channels)
+        scale = parameter(self, "scale", nn.initializers.ones, channels)
+        bias = parameter(self, "bias", nn.initializers.zeros, channels)
 
         def spread(statistic):
             return jnp.expand_dims(statistic, axes)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ralenet_jax.models.initializers import uniform
+from ralenet_jax.models.initializers import parameter, uniform
 
 
 def _convolve(x, kernel, bias, stride=1):
@@ -32,8 +32,8 @@ class Conv(nn.Module):
     def __call__(self, x):
         """`[C, B, L]` → `[features, B, (L + 2·padding − width)//stride + 1]`."""
         fan_in = self.width * x.shape[0]
-        kernel = self.param("kernel", uniform(fan_in), (self.width, x.shape[0], self.features))
-        bias = self.param("bias", uniform(fan_in), (self.features,))
+        kernel = parameter(self, "kernel", uniform(fan_in), (self.width, x.shape[0], self.features))
+        bias = parameter(self, "bias", uniform(fan_in), (self.features,))
         padded = jnp.pad(x, [(0, 0), (0, 0), (self.padding, self.padding)])
         return _convolve(padded, kernel, bias, self.stride)
 
@@ -54,8 +54,8 @@ class ConvTranspose(nn.Module):
     def __call__(self, x):
         """`[C, B, L]` → `[features, B, (L − 1)·stride + width − 2·padding]`."""
         fan_in = self.width * self.features  # as PyTorch counts it
-        kernel = self.param("kernel", uniform(fan_in), (self.width, x.shape[0], self.features))
-        bias = self.param("bias", uniform(fan_in), (self.features,))
+        kernel = parameter(self, "kernel", uniform(fan_in), (self.width, x.shape[0], self.features))
+        bias = parameter(self, "bias", uniform(fan_in), (self.features,))
         # Zeros after every sample, then at the edges: jax2onnx cannot convert the one `jax.lax.pad` that does both.
         spread = jnp.pad(x[..., None], [(0, 0), (0, 0), (0, 0), (0, self.stride - 1)])
         spread = spread.reshape(*x.shape[:2], x.shape[2] * self.stride)

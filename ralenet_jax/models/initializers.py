@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,3 +35,16 @@ def drawn_on_host(seed):
         yield
     finally:
         _host.reset(token)
+
+
+def parameter(module, name, init, shape):
+    """As `module.param`, which for a parameter that is there traces the initialiser once more to compare shapes.
+
+    That is an eighth of the time to trace a training.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    value = module.get_variable("params", name)
+    if value.shape != tuple(shape):
+        raise flax.errors.ScopeParamShapeError(name, module.scope.path_text, value.shape, shape)
+    return value

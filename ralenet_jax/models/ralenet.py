@@ -19,7 +19,7 @@ from ralenet_jax.models import gpu_attention, gpu_kernels
 from ralenet_jax.models.attention import attend
 from ralenet_jax.models.batch_norm import BatchNorm
 from ralenet_jax.models.convolution import Conv
-from ralenet_jax.models.initializers import uniform
+from ralenet_jax.models.initializers import parameter, uniform
 from ralenet_jax.models.inputs import DTYPES, check_windows
 
 LEVELS = 5
@@ -80,8 +80,8 @@ class Weights(nn.Module):
     @nn.compact
     def __call__(self, channels):
         """Kernel `[C, features]` and bias `[features]`, None without one."""
-        kernel = self.param("kernel", uniform(channels), (channels, self.features))
-        return kernel, self.param("bias", uniform(channels), (self.features,)) if self.use_bias else None
+        kernel = parameter(self, "kernel", uniform(channels), (channels, self.features))
+        return kernel, parameter(self, "bias", uniform(channels), (self.features,)) if self.use_bias else None
 
 
 class Dense(Weights):
@@ -112,8 +112,8 @@ class LayerNorm(nn.Module):
         Returns:
             The normalised and the sum, both `[C, B, L]`.
         """
-        scale = self.param("scale", nn.initializers.ones, x.shape[:1])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[:1])
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[:1])
+        bias = parameter(self, "bias", nn.initializers.zeros, x.shape[:1])
         if gpu_kernels.usable(*x.shape[::2]):
             return gpu_kernels.add_and_norm(x, added, scale, bias, table, factor, self.epsilon)
         x = add(x, added)
@@ -138,7 +138,7 @@ class RWaveBias(nn.Module):
 
         Farther apart than the window is wide it means nothing.
         """
-        table = self.param("table", nn.initializers.zeros, (2 * self.window - 1, self.num_heads))
+        table = parameter(self, "table", nn.initializers.zeros, (2 * self.window - 1, self.num_heads))
         beside = length - self.window
         # Rows of 2·length values laid end to end and cut one shorter move on by one from row to row. To look the values
         # up would be plainer, but takes a hundred times as long to differentiate.
@@ -186,7 +186,7 @@ class LocalConv(nn.Module):
     @nn.compact
     def __call__(self, x, bias):
         """`[C, B, L]` and the bias `[C]` that is still to be added to it → the same shape."""
-        kernel = self.param("kernel", uniform(3), (3, 1, self.convolved))
+        kernel = parameter(self, "kernel", uniform(3), (3, 1, self.convolved))
         if self.convolved == 1 and gpu_kernels.usable(*x.shape[::2]):
             return gpu_kernels.local_enhancement(x, bias, kernel.ravel())
         x = gelu(x + each_channel(bias, x))
@@ -202,7 +202,7 @@ class EfficientChannelAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         """`[C, B, L]` → the same shape."""
-        kernel = self.param("kernel", uniform(3), (3, 1, 1)).astype(x.dtype)
+        kernel = parameter(self, "kernel", uniform(3), (3, 1, 1)).astype(x.dtype)
         taps = zip(_shifts(x.mean(2).T), kernel[:, 0, 0], strict=True)
         gate = nn.sigmoid(sum(shift * weight for shift, weight in taps))
         return x * gate.T[..., None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ralenet_jax.errors import UserError
 from ralenet_jax.models.batch_norm import BatchNorm
-from ralenet_jax.models.initializers import uniform
+from ralenet_jax.models.initializers import parameter, uniform
 
 WIDTH = 32  # channels of the first stage; they double from stage to stage
 BLOCKS = (2, 3, 3, 3)  # of each stage
@@ -29,7 +29,7 @@ class Conv(nn.Module):
     def __call__(self, x):
         """`[C, B, L]` → `[features, B, (L − 1)//stride + 1]`, width odd."""
         fan_in, half = self.width * x.shape[0], self.width // 2
-        kernel = self.param("kernel", uniform(fan_in), (self.width, x.shape[0], self.features))
+        kernel = parameter(self, "kernel", uniform(fan_in), (self.width, x.shape[0], self.features))
         # One product over taps and channels: in a loop on CPU, XLA's own convolution takes ten times as long.
         padded, last = jnp.pad(x, [(0, 0), (0, 0), (half, half)]), x.shape[2] - 1
         last -= last % self.stride
