@@ -1,4 +1,4 @@
-"""PyTorch's default initial values of weights and biases, drawn by JAX or, for a quick start, by NumPy on the host."""
+"""Parameters, and PyTorch's default initial values: drawn by JAX or, for a quick start, by NumPy on the host."""
 
 import contextlib
 import contextvars
