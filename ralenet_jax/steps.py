@@ -149,8 +149,8 @@ def _ravelled(params: Any, told: jax.Array) -> tuple[jax.Array, Callable]:
 def _build_split(sizes: tuple[int, ...], told: jax.Array) -> Callable:
     """Builds `vector → its consecutive parts`, of these sizes, for CPUs.
 
-    XLA compiles a kernel for every place in a vector that it knows. Of places that it learns when the program runs
-    it compiles one for every shape, a third fewer in a training: as if it were not known that `told` is True.
+    XLA compiles a kernel for every place in a vector that it knows, but one for every size where it is told the places
+    when the program runs: a third fewer in a training. So they come from a condition, `told`, that always holds.
     """
     places = [sum(sizes[:i]) for i in range(len(sizes))]
     places = jax.lax.cond(told, lambda: [jnp.int32(at) for at in places], lambda: [jnp.int32(0) for _ in places])
