@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ralenet_jax.models.product import for_cpu
+
 # On a CPU, memory above the allocator's limit of 32 MB comes anew from the system for every batch, its pages to be
 # cleared first, and maps that fit the cache are read from there. Smaller pieces than this bring nothing more.
 _PIECE_BYTES = 2**23
@@ -81,15 +83,10 @@ def _attend_backward(low, residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _for_cpu(batch):
-    """Whether this is compiled for a CPU; a batch of any size, as in an exported program, is not."""
-    return jax.default_backend() == "cpu" and isinstance(batch, int)
-
-
 def _pieces(query):
     """Into how many pieces the batch is cut."""
     heads, _, batch, length = query.shape
-    if not _for_cpu(batch):
+    if not for_cpu(batch):
         return 1
     fit = max(_PIECE_BYTES // max(4 * heads * length**2, 1), 1)
     return next(pieces for pieces in range(1, batch + 1) if batch % pieces == 0 and batch // pieces <= fit)
@@ -136,7 +133,7 @@ def _forward(query, key, value, bias, inside, low, exp=jnp.exp):
 
 def _logits(left, right, parts=1):
     """`[H, D, B, M]`, `[H, D, B, N]` → their products `[H, B, M / parts, N]`, one for each part of the left samples."""
-    if not _for_cpu(left.shape[2]):
+    if not for_cpu(left.shape[2]):
         return [_product(_channels_last(part), _examples_first(right)) for part in jnp.split(left, parts, 3)]
     left, right = (
         [jax.lax.index_in_dim(x.astype(jnp.float32), i, 1, keepdims=False) for i in range(x.shape[1])]
@@ -166,7 +163,7 @@ def _exp(x):
     instructions, half of them to move constants for which there are no registers. But what XLA believes to be cheap, as
     this, it makes anew for every user.
     """
-    if not _for_cpu(x.shape[1]):
+    if not for_cpu(x.shape[1]):
         return jnp.exp(x)
     power = jnp.maximum(x, _LEAST_EXPONENT) * np.float32(np.log2(np.e))
     whole = jax.lax.bitcast_convert_type(power + _ROUNDING, jnp.int32) - _ROUNDING.view(np.int32)
@@ -187,7 +184,7 @@ def _apart(x):
     It would compute the maps too if it could, and slower.
     """
     most = np.finfo(np.float32).max
-    return jax.lax.clamp(-most, x, most) if _for_cpu(x.shape[1]) else x
+    return jax.lax.clamp(-most, x, most) if for_cpu(x.shape[1]) else x
 
 
 def _product(left, right):

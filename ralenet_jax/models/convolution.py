@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ralenet_jax.models.initializers import parameter, uniform
+from ralenet_jax.models.product import product
 
 
 def _convolve(x, kernel, bias, stride=1):
@@ -16,7 +17,7 @@ def _convolve(x, kernel, bias, stride=1):
     width, channels, features = kernel.shape
     last = (x.shape[2] - width) // stride * stride
     taps = jnp.concatenate([jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis=2) for i in range(width)])
-    y = kernel.reshape(width * channels, features).T.astype(x.dtype) @ taps.reshape(width * channels, -1)
+    y = product(kernel.reshape(width * channels, features), taps.reshape(width * channels, -1))
     return y.reshape(features, *taps.shape[1:]) + bias.astype(x.dtype)[:, None, None]
 
 

@@ -21,6 +21,7 @@ from ralenet_jax.models.batch_norm import BatchNorm
 from ralenet_jax.models.convolution import Conv
 from ralenet_jax.models.initializers import parameter, uniform
 from ralenet_jax.models.inputs import DTYPES, check_windows
+from ralenet_jax.models.product import product
 
 LEVELS = 5
 STEM_WIDTH = 8
@@ -50,7 +51,7 @@ def _shifts(x):
 def mix(x, kernel):
     """Mixes channels: `[C, B, L]`, `[C, features]` → `[features, B, L]`."""
     channels, batch, length = x.shape
-    return (kernel.T.astype(x.dtype) @ x.reshape(channels, batch * length)).reshape(-1, batch, length)
+    return product(kernel, x.reshape(channels, batch * length)).reshape(-1, batch, length)
 
 
 def each_channel(values, x):
