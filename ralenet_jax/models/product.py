@@ -16,6 +16,10 @@ def product(kernel, x):
     kernel, columns = kernel.astype(x.dtype), x.shape[1]
     if for_cpu(columns) and columns >= _WORTH_COLUMNS and min(kernel.shape) >= _WORTH_CHANNELS:
         return _transposed_first(kernel, x)
+    return _folded(kernel, x)
+
+
+def _folded(kernel, x):
     return kernel.T @ x
 
 
@@ -30,12 +34,7 @@ def _transposed_first(kernel, x):
 
 
 def _forward(kernel, x):
-    return kernel.T @ x, (kernel, x)
+    return jax.vjp(_folded, kernel, x)
 
 
-def _backward(residuals, d_out):
-    kernel, x = residuals
-    return x @ d_out.T, kernel @ d_out
-
-
-_transposed_first.defvjp(_forward, _backward)
+_transposed_first.defvjp(_forward, lambda pull, d_out: pull(d_out))
