@@ -11,10 +11,10 @@ from ralenet_jax.models.product import product
 SMALL, LARGE = (8, 32, 512), (48, 96, 256)  # channels, features and columns: one form each
 
 
-def arrays(channels, features, columns, dtype=np.float32):
+def arrays(channels, features, columns):
     random = np.random.default_rng(0)
     shapes = (channels, features), (channels, columns)
-    return [random.standard_normal(shape).astype(dtype) for shape in shapes]
+    return [random.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
 @pytest.mark.parametrize("sizes", [SMALL, LARGE, (48, 96, 255), (31, 96, 256)])

@@ -2,7 +2,7 @@
 
 import jax
 
-# To transpose a kernel takes as long as what some hundred columns gain by it, and with few channels nothing is gained.
+# To transpose a kernel takes as long as what some hundred columns gain by it, and with few channels little is gained.
 _WORTH_CHANNELS, _WORTH_COLUMNS = 32, 256
 
 
