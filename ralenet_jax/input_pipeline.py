@@ -143,7 +143,7 @@ class StoredWindows:
 
 def read_windows(builder: tfds.core.DatasetBuilder, ids: np.ndarray) -> Windows:
     """Reads the windows with these places in `ds1+ds2+paced` (mitdb) or `train+test` (ludb), in this order."""
-    return StoredWindows(builder, ids)[np.arange(len(ids))]
+    return hold(StoredWindows(builder, ids))
 
 
 def split_sizes(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
@@ -260,18 +260,23 @@ def read_split(config: ConfigDict, split: str) -> Windows | recordings.Recording
     return read_windows(builder, _split_ids(config, builder, split))
 
 
-def open_split(config: ConfigDict, split: str) -> Windows | StoredWindows | recordings.Recordings:
-    """The windows of `read_split`, left in their shards if `data.stream` says so.
+def open_split(config: ConfigDict, split: str) -> StoredWindows | recordings.Recordings:
+    """The windows of `read_split`, left in their shards; whole recordings are read.
 
     Raises:
         UserError: like `read_split`, and for whole recordings to be streamed.
     """
-    if not config.data.stream:
-        return read_split(config, split)
-    if config.data.database == RECORDINGS:
+    if config.data.database != RECORDINGS:
+        builder = _open_split(config)
+        return StoredWindows(builder, _split_ids(config, builder, split))
+    if config.data.stream:
         raise UserError(f"data.stream is True, but {RECORDINGS} are held whole in memory; set data.stream=False")
-    builder = _open_split(config)
-    return StoredWindows(builder, _split_ids(config, builder, split))
+    return read_split(config, split)
+
+
+def hold(windows: StoredWindows | recordings.Recordings) -> Windows | recordings.Recordings:
+    """Reads what `open_split` left in its shards."""
+    return windows[np.arange(len(windows))] if isinstance(windows, StoredWindows) else windows
 
 
 def read_noise(config: ConfigDict) -> np.ndarray:

@@ -8,16 +8,20 @@ lowered, as JAX finds it. A file has a name for each. What is kept here for a CP
 
 import contextlib
 import functools
+import gc
 import hashlib
 import math
 import os
 import pickle
 import platform
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
@@ -45,6 +49,20 @@ def kept(function: Callable, devices: Sequence[jax.Device], *made_of: str) -> Ca
     return _Kept(function, list(devices), Path(folder), made_of)
 
 
+def begin(function: Callable, *arguments) -> None:
+    """Begins to find or compile the program of a function that `kept` gave, for such arguments, beside what comes next.
+
+    It is traced here and now, since that is Python's work; the rest is a thread's, which the first call waits for.
+    """
+    if isinstance(function, _Kept):
+        function.begin(arguments)
+
+
+def shapes(function: Callable, *arguments) -> Any:
+    """What a function that is jitted, or that `kept` gave, will give, as `jax.ShapeDtypeStruct`s."""
+    return function.shapes(arguments) if isinstance(function, _Kept) else jax.eval_shape(function, *arguments)
+
+
 def is_known(function: Callable, *arguments) -> bool:
     """Whether a function that `kept` gave has its program for such arguments, or `jax.ShapeDtypeStruct`s of them."""
     return isinstance(function, _Kept) and function.path(arguments).is_file()
@@ -55,15 +73,31 @@ class _Kept:
         self._function, self._devices, self._folder = function, devices, folder
         self._made_of, self._where = made_of, str([device.id for device in devices])
         self._programs: dict[tuple, Callable] = {}
+        self._begun: dict[tuple, Future] = {}
 
     def __call__(self, *arguments):
         given = self._given(arguments)
         if given in self._programs:
             return self._programs[given](*arguments)
-        self._programs[given], keep = self._find(arguments)
+        begun = self._begun.pop(given, None)
+        self._programs[given], keep = begun.result() if begun else self._find(arguments)
         results = self._programs[given](*arguments)
         keep()  # while the devices compute
         return results
+
+    def begin(self, arguments: tuple) -> None:
+        known = self.path(arguments).is_file()
+        work = (self._find, arguments) if known else (self._make, arguments, self._lower(arguments))
+        thread = ThreadPoolExecutor(1)
+        self._begun[self._given(arguments)] = thread.submit(*work)
+        thread.shutdown(wait=False)
+
+    def shapes(self, arguments: tuple) -> Any:
+        with contextlib.suppress(Exception):
+            program = self._programs[self._given(arguments)] = _read(self.path(arguments), self._devices)
+            return program.out_info
+        with _no_garbage():
+            return jax.eval_shape(self._function, *arguments)
 
     def path(self, arguments: tuple) -> Path:
         """Where the program for such arguments is kept."""
@@ -76,11 +110,17 @@ class _Kept:
 
     def _find(self, arguments: tuple) -> tuple[Callable, Callable[[], None]]:
         """The program for such arguments, and what keeps it."""
-        path = self.path(arguments)
         # Whatever a damaged or foreign file brings up: the program is made again.
         with contextlib.suppress(Exception):
-            return _read(path, self._devices), lambda: None
-        lowered = self._function.lower(*arguments)
+            return _read(self.path(arguments), self._devices), _nothing
+        return self._make(arguments, self._lower(arguments))
+
+    def _lower(self, arguments: tuple) -> jax.stages.Lowered:
+        with _no_garbage():
+            return self._function.lower(*arguments)
+
+    def _make(self, arguments: tuple, lowered: jax.stages.Lowered) -> tuple[Callable, Callable[[], None]]:
+        path = self.path(arguments)
         twin = self._path(lowered.as_text(), str(lowered.out_tree), *map(str, self._given(arguments)))
         with contextlib.suppress(Exception):
             return _read(twin, self._devices), lambda: _name(twin, path)
@@ -92,11 +132,27 @@ class _Kept:
                 _write(twin, program)
                 _name(twin, path)
 
-        return program, keep if is_new else lambda: None
+        return program, keep if is_new else _nothing
 
     def _path(self, *made_of: str) -> Path:
         digest = hashlib.sha256("\n".join([*_surroundings(), self._where, *made_of]).encode())
         return self._folder / f"{_PREFIX}{digest.hexdigest()}"
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Spares Python to look for garbage among all that is traced, a tenth of that time."""
+    looked = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looked:
+            gc.enable()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _compile(lowered: jax.stages.Lowered, for_cpu: bool) -> tuple[Callable, bool]:
@@ -104,16 +160,43 @@ def _compile(lowered: jax.stages.Lowered, for_cpu: bool) -> tuple[Callable, bool
 
     Such a one cannot be written once more: for a CPU it would lack its functions. So there JAX is to keep none.
     """
-    events, setting = [], "jax_persistent_cache_min_compile_time_secs"
-    note, shortest = lambda event, **_: events.append(event), jax.config.values[setting]
+    events = []
+
+    def note(event, **_):
+        events.append((threading.get_ident(), event))
+
     jax.monitoring.register_event_listener(note)
-    jax.config.update(setting, math.inf if for_cpu else shortest)
     try:
-        program = lowered.compile()
+        with _jax_keeps_none if for_cpu else contextlib.nullcontext():
+            program = lowered.compile()
     finally:
-        jax.config.update(setting, shortest)
         jax.monitoring.unregister_event_listener(note)
-    return program, "/jax/compilation_cache/cache_hits" not in events
+    return program, (threading.get_ident(), "/jax/compilation_cache/cache_hits") not in events
+
+
+class _JaxKeepsNone:
+    """While any thread is in it, JAX keeps no program."""
+
+    _SETTING = "jax_persistent_cache_min_compile_time_secs"
+
+    def __init__(self):
+        self._lock, self._inside, self._before = threading.Lock(), 0, 0.0
+
+    def __enter__(self):
+        with self._lock:
+            if not self._inside:
+                self._before = jax.config.values[self._SETTING]
+                jax.config.update(self._SETTING, math.inf)
+            self._inside += 1
+
+    def __exit__(self, *_):
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                jax.config.update(self._SETTING, self._before)
+
+
+_jax_keeps_none = _JaxKeepsNone()
 
 
 def _read(path: Path, devices: list[jax.Device]) -> Callable:

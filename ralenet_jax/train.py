@@ -119,8 +119,6 @@ class _Run:
         self.patience = config.distributed.start_timeout_s
         self.host, self.hosts = jax.process_index(), jax.process_count()
         self.train_windows = input_pipeline.open_split(config, "train")
-        # What is streamed stays on disk here too: it is read in order at every validation.
-        self.validation_windows = input_pipeline.open_split(config, "validation")
         self.epoch_steps = input_pipeline.steps_per_epoch(config, len(self.train_windows))
         self.total_steps = self.epoch_steps * config.train.epochs
         self.block_steps = _even_part(self.epoch_steps, config.train.steps_per_dispatch)
@@ -144,12 +142,19 @@ class _Run:
         create = train_state.build_create(model, optimizer, config.seed, shape)
         made_of = repr(model), config.optim.to_json(), f"{config.seed} {shape}"
         create = programs.kept(create, jax.local_devices()[:1], *made_of)
-        self.state = steps.replicate(create(), self.devices)
         block = steps.build_train_block(model, optimizer, config.protocol, config.noise.fresh, self.devices)
         end = self.total_steps if config.optim.schedule != "constant" else None  # where the learning rate is to end
         made_of = repr(model), config.protocol, config.optim.to_json(), f"fresh {config.noise.fresh}, end {end}"
         self._block = programs.kept(block, self.devices, *made_of)
         self._eval_step = evaluate.build_eval_step(config, model, self.devices)
+        self.validation_windows = input_pipeline.open_split(config, "validation")
+        if self.stream is None:  # what is streamed stays on disk for validations too: they read it in order
+            self.state = programs.shapes(create)
+            programs.begin(self._block, *self._train_arguments(0)[1])
+            # This and the initial values come while it is compiled.
+            self.train_windows = input_pipeline.hold(self.train_windows)
+            self.validation_windows = input_pipeline.hold(self.validation_windows)
+        self.state = steps.replicate(create(), self.devices)
 
     def take_base(self) -> None:
         """Puts the trained model that `model.base` names into a fresh state, if the model is built around one."""

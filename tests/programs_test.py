@@ -1,5 +1,7 @@
 """Programs that are found again without being traced, and when they are not."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -219,3 +221,80 @@ def test_without_a_folder_nothing_is_kept(cache):
     jax.config.update("jax_compilation_cache_dir", cache)
     function = Traced().function
     assert programs.kept(function, jax.devices(), "a") is function
+
+
+def test_what_was_begun_is_waited_for_by_its_first_call(folder, monkeypatch):
+    compile_it, may_end, threads = jax.stages.Lowered.compile, threading.Event(), []
+
+    def compile_later(lowered):
+        threads.append(threading.current_thread())
+        assert may_end.wait(60)
+        return compile_it(lowered)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_later)
+    traced = Traced(devices=2)
+    run = traced.kept("a")
+    like = {"x": jax.ShapeDtypeStruct(X.shape, X.dtype)}
+    programs.begin(run, like, X)
+    assert traced.count == 1  # here and now, and what follows is not waited for
+    may_end.set()
+    for _ in range(2):
+        np.testing.assert_array_equal(run({"x": X}, X)["out"], 3 * X)
+    assert traced.count == len(threads) == 1
+    assert threads != [threading.main_thread()]
+    again = Traced(devices=2)
+    found = again.kept("a")
+    programs.begin(found, like, X)
+    np.testing.assert_array_equal(found({"x": X}, X)["out"], 3 * X)
+    assert (again.count, len(threads)) == (0, 1)
+
+
+def test_what_fails_when_begun_is_told_by_the_first_call(folder, monkeypatch):
+    def refuse(lowered):
+        raise MemoryError("none is left")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    run = Traced().kept("a")
+    programs.begin(run, {"x": X}, X)
+    with pytest.raises(MemoryError, match="none is left"):
+        run({"x": X}, X)
+
+
+def test_begun_with_a_damaged_file_a_program_is_made_again(folder):
+    Traced().kept("a")({"x": X}, X)
+    path = names(folder)[0][0]
+    path.write_bytes(path.read_bytes()[:-1])
+    traced = Traced()
+    run = traced.kept("a")
+    programs.begin(run, {"x": X}, X)
+    np.testing.assert_array_equal(run({"x": X}, X)["out"], 3 * X)
+    assert traced.count == 1
+
+
+def test_a_function_that_is_not_kept_is_not_begun():
+    traced = Traced()
+    programs.begin(traced.function, {"x": X}, X)
+    assert traced.count == 0
+
+
+def test_shapes_are_told_without_running_and_of_a_known_program_without_tracing():
+    expected = {"out": jax.ShapeDtypeStruct(X.shape, X.dtype)}
+    for traced, count in ((Traced(), 1), (Traced(), 0)):
+        for function in (traced.kept("a"), traced.function)[: 1 + count]:
+            found = programs.shapes(function, {"x": X}, X)
+            assert jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found) == expected
+        assert traced.count == count
+        traced.kept("a")({"x": X}, X)
+    run = traced.kept("a")
+    programs.shapes(run, {"x": X}, X)
+    np.testing.assert_array_equal(run({"x": X}, X)["out"], 3 * X)
+
+
+def test_jax_keeps_programs_again_once_nobody_compiles():
+    setting = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[setting]
+    with programs._jax_keeps_none:
+        with programs._jax_keeps_none:
+            assert jax.config.values[setting] == np.inf
+        assert jax.config.values[setting] == np.inf
+    assert jax.config.values[setting] == before != np.inf
