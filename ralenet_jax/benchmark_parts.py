@@ -29,7 +29,6 @@ LENGTH = 256  # samples of a window of the paper, and of the peers
 _LEADS = 2
 _NOISE_SAMPLES = 650_000  # a recording of nstdb
 _READ_WINDOWS = 8192
-_START_STEPS = 10
 
 
 def made_up_windows(count: int, length: int) -> input_pipeline.Windows:
@@ -272,22 +271,15 @@ def prepare(source: str) -> dict:
 
 
 def start(config: ConfigDict, data_dir: str) -> dict:
-    """`ralenet train` from its start to its first line of progress: with nothing compiled before, then once more."""
-    batch = config.train.batch_size
-    settings = {
-        "num_devices": config.num_devices,
-        "train.epochs": 1,  # and a short one: little is read before the first step
-        "data.num_train": _START_STEPS * batch,
-        "data.num_windows": (_START_STEPS + 1) * batch,
-    }
-    options = ["--data-dir", data_dir, *(f"--config.{key}={value}" for key, value in settings.items())]
+    """`ralenet train` on all of a cell, until its first line of progress: nothing compiled before, then once more."""
+    options = ["--data-dir", data_dir, f"--config.num_devices={config.num_devices}"]
     with tempfile.TemporaryDirectory(prefix="ralenet_benchmark_") as folder:
         runs = [
             run_command(["train", "--workdir", f"{folder}/{name}", *options], f"{folder}/cache", until="step ")
             for name in ("first", "second")
         ]
     seconds = {"first_start_s": runs[0][0], "second_start_s": runs[1][0]}
-    where = {"batch": batch, "length": LENGTH, "devices": config.num_devices}
+    where = {"batch": config.train.batch_size, "length": LENGTH, "devices": config.num_devices}
     return _command_row("start", seconds, [peak for _, peak in runs], **where)
 
 

@@ -228,15 +228,14 @@ def option(arguments, name):
     return arguments[arguments.index(name) + 1]
 
 
-def test_start_is_a_short_training_with_an_empty_cache_then_a_filled_one(commands):
+def test_start_is_a_training_as_it_comes_with_an_empty_cache_then_a_filled_one(commands):
     row = benchmark_parts.start(load_config("ralenet", ["num_devices=2"]), "shards")
     assert (row["first_start_s"], row["second_start_s"], row["peak_memory_mib"], row["devices"]) == (1.0, 2.0, 40.0, 2)
     (first, until, cache), (second, _, same_cache) = commands
     assert first[0] == "train" and option(first, "--data-dir") == "shards" and until == "step "
     assert cache == same_cache and cache
     assert option(first, "--workdir") != option(second, "--workdir")
-    # Ten steps of 32 windows are the whole training.
-    assert {"--config.data.num_train=320", "--config.train.epochs=1", "--config.num_devices=2"} <= set(first)
+    assert first[5:] == second[5:] == ["--config.num_devices=2"]
 
 
 def test_a_cell_is_training_then_evaluation_as_they_come(commands):
