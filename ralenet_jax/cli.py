@@ -84,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 130
     if code == 130:  # all is done: another Ctrl-C need not be told where in Python's own ending it came
         _change_interrupt(signal.default_int_handler, signal.SIG_DFL)
-    if code == 2 and argv is None and sum(not thread.daemon for thread in threading.enumerate()) > 1:
+    left = [thread.name for thread in threading.enumerate() if not (thread.daemon or thread is threading.main_thread())]
+    only_compile = all(name.startswith("ralenet_compile") for name in left)  # `programs.begin`
+    if argv is None and left and (code == 2 or (code == 130 and only_compile)):
         # Python would wait for them: Orbax's never end where the clock was set back while they saved.
         sys.stdout.flush()
         sys.stderr.flush()

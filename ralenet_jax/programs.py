@@ -88,7 +88,7 @@ class _Kept:
     def begin(self, arguments: tuple) -> None:
         known = self.path(arguments).is_file()
         work = (self._find, arguments) if known else (self._make, arguments, self._lower(arguments))
-        thread = ThreadPoolExecutor(1)
+        thread = ThreadPoolExecutor(1, "ralenet_compile")
         self._begun[self._given(arguments)] = thread.submit(*work)
         thread.shutdown(wait=False)
 

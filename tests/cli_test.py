@@ -1,6 +1,7 @@
 """The `ralenet` command: what it loads, where it sends its arguments, how it speaks of errors."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -169,3 +170,21 @@ def test_a_refusal_does_not_wait_for_threads_that_never_end():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=CHECKOUT)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+
+
+def test_an_interruption_does_not_wait_for_a_compilation(tmp_path):
+    code = """
+import sys, threading, jax
+from ralenet_jax import cli, main, programs
+jax.stages.Lowered.compile = lambda lowered: threading.Event().wait()
+def train(config, workdir):
+    programs.begin(programs.kept(jax.jit(lambda x: x + 1), jax.devices()[:1]), jax.numpy.zeros(3))
+    raise KeyboardInterrupt
+main.train.train = train
+sys.argv = ["ralenet", "train", "--workdir", "nowhere"]
+sys.exit(cli.main())
+"""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    where = {"timeout": 100, "cwd": CHECKOUT, "env": environment}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **where)
+    assert (ended.returncode, ended.stderr) == (130, "ralenet: interrupted\n")
