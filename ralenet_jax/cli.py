@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     left = [thread.name for thread in threading.enumerate() if not (thread.daemon or thread is threading.main_thread())]
     only_compile = all(name.startswith("ralenet_compile") for name in left)  # `programs.begin`
     if argv is None and left and (code == 2 or (code == 130 and only_compile)):
-        # Python would wait for them: Orbax's never end where the clock was set back while they saved.
+        # Python would wait for them: ten seconds for a program that nobody wants any more, and for ever for Orbax's
+        # where the clock was set back while they saved.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

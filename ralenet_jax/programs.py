@@ -112,7 +112,7 @@ class _Kept:
         """The program for such arguments, and what keeps it."""
         # Whatever a damaged or foreign file brings up: the program is made again.
         with contextlib.suppress(Exception):
-            return _read(self.path(arguments), self._devices), _nothing
+            return _read(self.path(arguments), self._devices), lambda: None
         return self._make(arguments, self._lower(arguments))
 
     def _lower(self, arguments: tuple) -> jax.stages.Lowered:
@@ -132,7 +132,7 @@ class _Kept:
                 _write(twin, program)
                 _name(twin, path)
 
-        return program, keep if is_new else _nothing
+        return program, keep if is_new else lambda: None
 
     def _path(self, *made_of: str) -> Path:
         digest = hashlib.sha256("\n".join([*_surroundings(), self._where, *made_of]).encode())
@@ -149,10 +149,6 @@ def _no_garbage() -> Iterator[None]:
     finally:
         if looked:
             gc.enable()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _compile(lowered: jax.stages.Lowered, for_cpu: bool) -> tuple[Callable, bool]:
